@@ -1,0 +1,1 @@
+"""Adapters, one file a host family. They describe a host and import neither it nor torch."""

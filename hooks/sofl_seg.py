@@ -1,0 +1,111 @@
+"""Adapter for the sofl-seg family: Lightning modules around a MedSegDiff UNet with `ups.{i}` = [block1, block2, attention, upsample].
+
+Its package is called `src`, a name many repos use: a module counts as this host only by its structure.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from vlmfilm_plugin.hookspecs import Config, HostSpec, RowView, Sources, Steps, UNet, hookimpl
+
+NAME = "sofl-seg"
+# Images are scaled to [-1, 1] by the host's data sets.
+VALUE_RANGE = (-1.0, 1.0)
+TARGETS = {"post_block2": "ups.*.1", "post_block1": "ups.*.0"}
+PHASES = {"training_step": "train", "validation_step": "val", "test_step": "test"}
+UNET_ARGUMENTS = {"dim", "image_size", "mask_channels", "input_img_channels", "dim_mult"}
+MODELS = ("FlowModel", "DiffusionModel", "SupervisedModel")
+
+
+@hookimpl
+def vlmfilm_host(module: ModuleType) -> HostSpec | None:
+    """Describe the part of the host that `module` is, or return None."""
+    describe = {"diffusion_unet": _unets, "train_runner": _runner, "base_dataset": _datasets}.get(module.__name__.rsplit(".", 1)[-1], _models)
+    return describe(module)
+
+
+def _unets(module: ModuleType) -> HostSpec | None:
+    # A UNet of this family builds its decoder from ResnetBlocks and is called as unet(x, time, cond).
+    if not _has_arguments(_class(module, "ResnetBlock"), "forward", {"x"}):
+        return None
+    unets = [
+        UNet(cls=value, targets=TARGETS)
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and value.__module__ == module.__name__
+        and _has_arguments(value, "__init__", UNET_ARGUMENTS)
+        and _has_arguments(value, "forward", {"x", "time", "cond"})
+    ]
+    return HostSpec(name=NAME, unets=unets, recompute=["checkpoint"]) if unets else None
+
+
+def _models(module: ModuleType) -> HostSpec | None:
+    found = [_class(module, name) for name in MODELS]
+    models = [cls for cls in found if _has_arguments(cls, "__init__", {"arch_name"}) and hasattr(cls, "load_from_checkpoint")]
+    if not models:
+        return None
+    steps = [
+        Steps(cls=cls, phases={method: phase for method, phase in PHASES.items() if method in vars(cls)}, value_range=VALUE_RANGE, rows=rows_of)
+        for cls in models
+    ]
+    return HostSpec(name=NAME, models=models, steps=steps)
+
+
+def _runner(module: ModuleType) -> HostSpec | None:
+    runner = _class(module, "TrainRunner")
+    if not _has_arguments(runner, "__init__", {"config"}):
+        return None
+    return HostSpec(name=NAME, configs=[Config(cls=runner, method="__init__", read=read_config, resume=read_resume)])
+
+
+def _datasets(module: ModuleType) -> HostSpec | None:
+    dataset = _class(module, "BaseOCTDataset")
+    if not _has_arguments(dataset, "__init__", {"path", "augmentation"}):
+        return None
+    return HostSpec(name=NAME, sources=[Sources(cls=dataset, read=read_sources)])
+
+
+def read_sources(dataset: Any) -> list[tuple[str, str]]:
+    """Return name and file of every image: a collated batch keeps the names, but only its first row's file."""
+    return [(item["name"], os.path.abspath(item["image"])) for item in dataset.data]
+
+
+def read_config(arguments: Mapping[str, Any]) -> Mapping[str, object]:
+    """Return the FiLM settings of the YAML's `model:` block."""
+    model = arguments["config"].get("model") or {}
+    settings = dict(model.get("vlm_film_config") or {})
+    settings.update({name: model[name] for name in ("use_vlm_film", "vlm_film_decoder_stages") if name in model})
+    return settings
+
+
+def read_resume(arguments: Mapping[str, Any]) -> str | None:
+    """Return the checkpoint that the runner will resume from."""
+    resume: str | None = arguments["config"].get("resume")
+    return resume
+
+
+def rows_of(view: RowView) -> Sequence[int] | None:
+    """Map UNet rows to samples: patches repeat each sample in a row (training); windows are all of the one image (evaluation)."""
+    if view.phase == "train":
+        repeats, rest = divmod(view.rows, view.samples)
+        return None if rest or not repeats else [row // repeats for row in range(view.rows)]
+    if view.samples == 1:
+        return [0] * view.rows
+    # Several images a batch: windows of a call mix them. Only whole images, passed as they are, can be told apart.
+    is_whole = view.condition is not None and view.condition.shape == view.image.shape and bool((view.condition == view.image).all())
+    return range(view.rows) if is_whole else None
+
+
+def _class(module: ModuleType, name: str) -> Any:
+    value = vars(module).get(name)
+    return value if inspect.isclass(value) and value.__module__ == module.__name__ else None
+
+
+def _has_arguments(cls: Any, method: str, names: set[str]) -> bool:
+    function = getattr(cls, method, None)
+    return function is not None and names <= set(inspect.signature(function).parameters)

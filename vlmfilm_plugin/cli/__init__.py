@@ -1,0 +1,34 @@
+"""The command line, one command a file. Results go to stdout, everything else to stderr; an error exits 2 with its message."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vlmfilm_plugin import __version__
+from vlmfilm_plugin.cli import demo, doctor, run
+from vlmfilm_plugin.errors import VlmFilmError
+
+_COMMANDS = (run, doctor, demo)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of `vlmfilm`."""
+    parser = argparse.ArgumentParser(prog="vlmfilm", description="VLM-FiLM for unmodified MedSegDiff-style UNets.")
+    parser.add_argument("--version", action="version", version=f"vlmfilm-plugin {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    parsed = build_parser().parse_args(arguments)
+    try:
+        result: int = parsed.run(parsed)
+    except VlmFilmError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return result

@@ -1,0 +1,238 @@
+"""The soft-seg port's own interface, for models that call it by hand: `VLMConditioner` and `apply_vlm_film`.
+
+Same names, arguments and behaviour as the port, without its faults; its users swap the import. `reference.md` sections 1 to 4.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmfilm_plugin.cache_key import cache_keys
+from vlmfilm_plugin.diagnostics import permutation_hash, statistics
+from vlmfilm_plugin.errors import ConditionError, FeatureError
+from vlmfilm_plugin.features import FeatureSource, Sample, derangement
+from vlmfilm_plugin.film import ImageToConditionVector, TextToConditionVector, modulate
+from vlmfilm_plugin.images import from_tensor
+from vlmfilm_plugin.log import film_logger
+from vlmfilm_plugin.policy import ConditionPolicy
+from vlmfilm_plugin.settings import read_mode, resolve
+
+
+class VLMConditioner(nn.Module):
+    """Turn a batch of images into condition vectors with a frozen vision-language model.
+
+    Args:
+        enabled: False makes `compute_condition` return None.
+        value_range: (low, high) of the images that `compute_condition` will be given; it is never guessed from a tensor.
+        encoder: name of the encoder; `descriptor` needs no model.
+
+    The other arguments are the settings of the same names; their defaults are the settings' defaults. The model is loaded at the
+    first image whose feature is not stored; it is in no state dict, optimizer or copy of this module.
+    """
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        model_name: str = "Qwen/Qwen2.5-VL-3B-Instruct",
+        cond_dim: int = 256,
+        cache_dir: str = "cache/vlm_profiles",
+        prompt_template: str | None = None,
+        dtype: str = "auto",
+        device_map: str | None = "auto",
+        max_new_tokens: int = 48,
+        pool: str = "mean",
+        text_mlp_hidden_dim: int = 256,
+        embedding_dtype: str = "float16",
+        use_text_prompt_cond: bool = False,
+        verbose: bool = False,
+        verbose_debug: bool = False,
+        update_interval_steps_train: int = 100,
+        update_interval_steps_eval: int = 1,
+        batch_strategy: str = "per_sample",
+        reuse_policy: str = "step_interval",
+        log_every_n_steps: int = 200,
+        vlm_cache_stats_enabled: bool = False,
+        vlm_cache_stats_every_n_steps: int = 200,
+        *,
+        encoder: str = "qwen2_5_vl",
+        value_range: tuple[float, float] = (-1.0, 1.0),
+    ) -> None:
+        super().__init__()
+        given = {name: value for name, value in locals().items() if name not in {"self", "enabled", "value_range", "__class__"}}
+        self.enabled, self.value_range = enabled, value_range
+        self.settings = resolve([("argument", given)])
+        if not enabled:
+            return
+        self._source = FeatureSource.from_settings(self.settings)
+        self._policy = ConditionPolicy(batch_strategy, reuse_policy, update_interval_steps_train)
+        self._prompted: dict[str, FeatureSource] = {}
+        self._held: Tensor | None = None
+        feature_dim = self._source.encoder.feature_dim
+        if use_text_prompt_cond:
+            self.text_to_cond = TextToConditionVector(feature_dim, cond_dim, text_mlp_hidden_dim)
+        else:
+            self.image_to_cond = ImageToConditionVector(feature_dim, cond_dim)
+
+    def compute_condition(
+        self,
+        image: Tensor,
+        prompt: str | None = None,
+        image_id: str | Sequence[str] | None = None,
+        batch: Any = None,
+        global_step: int | None = None,
+        is_train: bool = False,
+    ) -> dict[str, Any] | None:
+        """Compute the condition vectors of a batch.
+
+        Args:
+            image: (B, C, H, W), C 1 or 3, values in `value_range`.
+            prompt: the prompt of text mode, instead of `prompt_template`.
+            image_id: names of the rows, instead of those found in `batch`.
+            batch: the mapping to take cache keys from.
+            global_step: the training step, for the strategies that hold a feature over steps.
+            is_train: False conditions every image on itself.
+
+        Returns:
+            `cond_vec` (B, cond_dim), differentiable in the projection alone, and `_dbg` (keys, their source, cache counts); None when
+            not enabled.
+
+        Raises:
+            ConditionError: the images or their names do not fit.
+        """
+        if not self.enabled:
+            return None
+        if image.dim() != 4:
+            facts = {"shape": tuple(image.shape), "expected": "(B, C, H, W)"}
+            raise ConditionError("cannot condition on this tensor", facts, "add the batch dimension")
+        keys, key_source = self._keys(image, image_id, batch)
+        choice = self._policy.choose(keys, global_step, is_train)
+        source = self._source_for(prompt)
+        if choice.rows is None:
+            assert self._held is not None
+            features = self._held.expand(len(keys), -1)
+        else:
+            samples = [Sample(keys[row], None, lambda row=row: from_tensor(image[row], self.value_range)) for row in choice.rows]  # type: ignore[misc]
+            features = torch.from_numpy(source.get(samples))
+            self._held = features[:1].clone()
+        projection = self.text_to_cond if self.settings.use_text_prompt_cond else self.image_to_cond
+        cond_vec = projection(features.to(next(projection.parameters()).device))
+        if self.settings.verbose_debug:
+            film_logger().info("[VLM] cache_key_example: %s", keys[0])
+            film_logger().info("[VLM] cache_key_source: %s", key_source)
+        debug = {"keys": keys, "cache_key_example": keys[0], "cache_key_source": key_source, "cache": str(source.stats), "step": global_step}
+        return {"cond_vec": cond_vec, "_dbg": debug}
+
+    def _keys(self, image: Tensor, image_id: str | Sequence[str] | None, batch: Any) -> tuple[list[str], str]:
+        if image_id is not None:
+            batch = {**(batch if isinstance(batch, Mapping) else {}), "name": image_id}
+        found = cache_keys(batch, image.shape[0], dataset_root=self.settings.dataset_root, image=image)
+        if image_id is not None and not found.source.endswith("['name']"):
+            raise ConditionError(
+                "cannot use image_id", {"found": image_id, "expected": f"a name, or one for each of {image.shape[0]} rows"}, "give one name a row"
+            )
+        return list(found.keys), found.source
+
+    def _source_for(self, prompt: str | None) -> FeatureSource:
+        if prompt is None or not self.settings.use_text_prompt_cond:
+            return self._source
+        if prompt not in self._prompted:
+            given = {**self.settings.as_dict(), "prompt_template": prompt}
+            self._prompted[prompt] = FeatureSource.from_settings(resolve([("argument", given)]))
+        return self._prompted[prompt]
+
+
+VLMFiLMConditioner = VLMConditioner
+
+
+def apply_vlm_film(
+    x: Tensor,
+    vlm_cond: Mapping[str, Any] | Tensor | None,
+    vlm_film_heads: nn.ModuleList | None,
+    stage_idx: int,
+    module: Any = None,
+    *,
+    mode: str | None = None,
+    step: int | None = None,
+) -> tuple[Tensor, dict[str, Any] | None]:
+    """Modulate the features of one decoder stage.
+
+    Args:
+        x: (B, C, H, W), after block2 and before attention.
+        vlm_cond: what `compute_condition` returned, or cond_vec (B, cond_dim) itself; None leaves x alone.
+        vlm_film_heads: one head a selected stage, ascending; None leaves x alone.
+        stage_idx: decoder stage, 0 next to the bottleneck.
+        module: the model; its `vlm_film_decoder_stages` selects stages, its `global_step` seeds `shuffle`.
+        mode: `on`, `off` or `shuffle`; None takes `VLM_FILM_MODE`, and `on` where that is unset.
+        step: the seed of `shuffle`, instead of `module.global_step`.
+
+    Returns:
+        (x modulated, payload): payload holds gamma and beta (B, C, 1, 1) detached, the mode and the stage, and `statistics`, which
+        reads the device when called; (x, None) where no FiLM applies.
+
+    Raises:
+        ConditionError: cond_vec's rows are not x's rows. FeatureError: wrong widths. SettingsError: a wrong mode.
+    """
+    head = _head_of(vlm_film_heads, stage_idx, module)
+    cond_vec = vlm_cond.get("cond_vec") if isinstance(vlm_cond, Mapping) else vlm_cond
+    if head is None or cond_vec is None:
+        return x, None
+    mode = read_mode({"VLM_FILM_MODE": mode}) if mode is not None else read_mode(os.environ) or "on"
+    if cond_vec.shape[0] != x.shape[0]:
+        raise ConditionError(
+            "cannot apply FiLM: cond_vec does not fit x",
+            {"cond_vec": tuple(cond_vec.shape), "x": tuple(x.shape), "expected": "equal numbers of rows"},
+            "give one condition a row of x",
+        )
+    permutation: list[int] | None = None
+    if mode == "shuffle":
+        permutation = _permutation(x.shape[0], step if step is not None else getattr(module, "global_step", None))
+        film_logger().info("[FILM-SHUFFLE] perm_first10=%s", permutation[:10])
+        cond_vec = cond_vec[permutation]
+    if mode == "off":
+        gamma, beta = x.new_ones(x.shape[0], x.shape[1], 1, 1), x.new_zeros(x.shape[0], x.shape[1], 1, 1)
+        y = x
+    else:
+        gamma, beta = head(cond_vec)
+        if gamma.shape[1] != x.shape[1]:
+            raise FeatureError(
+                f"cannot apply FiLM at decoder stage {stage_idx}: the head is for another number of channels",
+                {"head": gamma.shape[1], "x": tuple(x.shape), "expected": f"a head for {x.shape[1]} channels"},
+                "pass the heads in stage order",
+            )
+        y = modulate(x, gamma, beta)
+    payload = {
+        "gamma": gamma.detach(),
+        "beta": beta.detach(),
+        "film_mode": mode,
+        "film_bypass": mode == "off",
+        "film_stage_idx": stage_idx,
+        "shuffle_perm_hash": None if permutation is None else permutation_hash(permutation),
+        "statistics": lambda: statistics(x, y, gamma, beta, cond_vec),
+    }
+    return y, payload
+
+
+def _head_of(heads: nn.ModuleList | None, stage_idx: int, module: Any) -> nn.Module | None:
+    if heads is None:
+        return None
+    stages = getattr(module, "vlm_film_decoder_stages", None)
+    order = sorted(set(stages)) if stages is not None else list(range(len(heads)))
+    if stage_idx not in order:
+        return None
+    if len(order) != len(heads):
+        raise FeatureError(
+            "cannot apply FiLM: heads and selected decoder stages do not fit",
+            {"heads": len(heads), "stages": order, "expected": "one head a selected stage"},
+            "correct `vlm_film_decoder_stages`",
+        )
+    return heads[order.index(stage_idx)]
+
+
+def _permutation(rows: int, step: int | None) -> list[int]:
+    permutation: list[int] = derangement(rows, int(step or 0)).tolist()
+    return permutation

@@ -1,0 +1,1 @@
+"""Architectures and the Lightning modules that train them."""

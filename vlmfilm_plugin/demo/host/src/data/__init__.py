@@ -1,0 +1,3 @@
+"""Datasets; importing this package registers them."""
+
+from src.data import angio  # noqa: F401

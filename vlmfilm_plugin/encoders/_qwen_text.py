@@ -1,0 +1,139 @@
+"""Text mode of Qwen2.5-VL: the model describes an image, and the description's last hidden state is the feature."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlmfilm_plugin.encoders import _qwen_loading as loading
+from vlmfilm_plugin.encoders._qwen_base import LazyQwen, Pack, features_of
+from vlmfilm_plugin.errors import EncoderError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+# The chat format the model was trained with, written out: the processor class that would build it needs torchvision
+# for its video half, and the template in the checkpoint needs jinja2.
+_BEFORE_IMAGE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+_AFTER_IMAGE = "<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n"
+_TEXTS_PER_BATCH = 32
+
+
+class QwenTextEncoder(LazyQwen):
+    """Encode images by the text the whole frozen model writes about them, pooled over the text's last hidden states."""
+
+    @property
+    def feature_dim(self) -> int:
+        """Return F, the language model's width."""
+        return int(self.config.get_text_config().hidden_size)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Return the tokenizer, read once."""
+        return loading.read_tokenizer(self.settings)
+
+    def encode(self, images: Sequence[Image]) -> Tensor:
+        """Describe images (RGB, 8 bit, any sizes) and embed the descriptions.
+
+        Shape:
+            return: (N, F) float32, CPU, detached.
+
+        Raises:
+            FeatureError: a feature holds NaN or infinity.
+            EncoderError: the weights cannot be loaded, or the prompt cannot be used.
+        """
+        return self.embed(self.generate(images))
+
+    def generate(self, images: Sequence[Image], prompt: str | None = None) -> list[str]:
+        """Describe each image in at most `max_new_tokens` tokens, greedily, whatever else is in the batch.
+
+        Args:
+            images: RGB, 8 bit, any sizes.
+            prompt: what to ask; None = the prompt of the settings.
+        """
+        before, after = self._prompt_ids(self.settings.prompt if prompt is None else prompt)
+        return self.run(images, lambda model, pack: self._describe(model, pack, before, after))
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts by the language model alone; `pool` is `mean` over a text's tokens or `last`.
+
+        Shape:
+            return: (N, F) float32, CPU, detached.
+        """
+        rows: list[Tensor] = []
+        with self.using_module() as model:
+            for start in range(0, len(texts), _TEXTS_PER_BATCH):
+                rows.extend(self._pooled(model, texts[start : start + _TEXTS_PER_BATCH]))
+        return features_of(rows, self.feature_dim, "text")
+
+    def _prompt_ids(self, prompt: str) -> tuple[list[int], list[int]]:
+        before, after = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (_BEFORE_IMAGE, _AFTER_IMAGE.format(prompt=prompt)))
+        if self.config.image_token_id in after:
+            facts = {"found": repr(prompt[:80]), "expected": "text without image placeholders"}
+            raise EncoderError("cannot use this prompt: it names an image token", facts, "take the special token out of `prompt_template`")
+        if self.config.vision_start_token_id not in before:
+            facts = {"found": f"token ids {before[-3:]}", "expected": f"{self.config.vision_start_token_id} for <|vision_start|>"}
+            raise EncoderError("cannot write a prompt: tokenizer and model do not fit", facts, "download the model again")
+        return before, after
+
+    def _describe(self, model: Any, pack: Pack, before: list[int], after: list[int]) -> list[str]:
+        # Together only images of one grid: their prompts have one length and need no padding. With left padding over different
+        # grids, several releases of transformers 4 give rows wrong positions, and a text depends on the other images.
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, grid in enumerate(pack.grids):
+            groups.setdefault(tuple(grid[0].tolist()), []).append(index)
+        texts = [""] * len(pack.grids)
+        for members in groups.values():
+            part = Pack(tuple(pack.patches[index] for index in members), tuple(pack.grids[index] for index in members))
+            for index, text in zip(members, self._describe_alike(model, part, before, after), strict=True):
+                texts[index] = text
+        return texts
+
+    def _describe_alike(self, model: Any, pack: Pack, before: list[int], after: list[int]) -> list[str]:
+        device = loading.device_of(model)
+        image_token, merged = self.config.image_token_id, int(self.config.vision_config.spatial_merge_size) ** 2
+        row = before + [image_token] * int(pack.grids[0].prod() // merged) + after
+        ids = torch.tensor([row] * len(pack.grids), device=device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_grid_thw": torch.cat(pack.grids).to(device)}
+        inputs["pixel_values"] = torch.cat(pack.patches).to(device, model.dtype)
+        if "mm_token_type_ids" in inspect.signature(type(model).forward).parameters:
+            # transformers 5 tells image tokens by this instead of by their id; without it the positions are silently those of plain text.
+            inputs["mm_token_type_ids"] = (ids == image_token).int()
+        # Greedy and nothing else: the checkpoint's own sampling values and repetition penalty are for chats.
+        greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "temperature": None, "top_p": None, "top_k": None}
+        limits = {"max_new_tokens": self.settings.max_new_tokens, "pad_token_id": self._pad_id}
+        written = model.generate(**inputs, **greedy, **limits)[:, len(row) :]
+        return [text.strip() for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+    def _pooled(self, model: Any, texts: Sequence[str]) -> list[Tensor]:
+        # A model may answer with nothing: one pad token stands for the empty text.
+        rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] or [self._pad_id] for text in texts]
+        # Padding on the right: attention is causal, so a real token never sees it.
+        ids = torch.full((len(rows), max(map(len, rows))), self._pad_id, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(rows):
+            ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
+        ids, mask = ids.to(device := loading.device_of(model)), mask.to(device)
+        # The language model alone, whose place moved in transformers 4.52: the whole one would reuse the image positions of the last generation.
+        language_model = getattr(model.model, "language_model", model.model)
+        states = language_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
+        if self.settings.pool == "last":
+            return [states[row, len(tokens) - 1].cpu() for row, tokens in enumerate(rows)]
+        return [states[row, : len(tokens)].mean(0).cpu() for row, tokens in enumerate(rows)]
+
+    @property
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+    def _load(self) -> torch.nn.Module:
+        return loading.load_model(self.settings)
+
+    def _mode_facts(self) -> dict[str, object]:
+        facts: dict[str, object] = {"mode": "text", "pooling": self.settings.pool, "prompt": self.settings.prompt}
+        return {**facts, "max_new_tokens": self.settings.max_new_tokens}

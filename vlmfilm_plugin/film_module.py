@@ -1,0 +1,79 @@
+"""The module that a UNet holds: projection, heads, and the architecture that travels with them in every state dict."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmfilm_plugin.architecture import Architecture, check_architecture, read_extra_state
+from vlmfilm_plugin.film import AdaptiveFiLMHead, ImageToConditionVector, TextToConditionVector
+from vlmfilm_plugin.log import film_logger
+
+_warned_of_baseline: set[str] = set()
+
+
+class FilmModule(nn.Module):
+    """FiLM of one UNet, held by it under the attribute `vlm_film`: a projection and one head a stage.
+
+    State-dict keys: `image_to_cond.*` or `text_to_cond.*`, `heads.{i}.*` and, as `_extra_state`, the architecture as JSON bytes.
+
+    Raises:
+        CheckpointError: on loading, the checkpoint's FiLM has another architecture or another encoder.
+    """
+
+    def __init__(self, architecture: Architecture, mode: str) -> None:
+        super().__init__()
+        self.architecture, self.mode = architecture, mode
+        self.family = uuid.uuid4().hex
+        a = architecture
+        if a.is_text:
+            self.text_to_cond = TextToConditionVector(a.feature_dim, a.cond_dim, a.hidden_dim)
+        else:
+            self.image_to_cond = ImageToConditionVector(a.feature_dim, a.cond_dim)
+        self.heads = nn.ModuleList(
+            AdaptiveFiLMHead(a.cond_dim, stage.channels, a.hidden_dim, a.gamma_scale, a.beta_scale, a.use_layernorm) for stage in a.stages
+        )
+        # An unused parameter stops DDP in the next step.
+        self.requires_grad_(mode != "off")
+
+    def project(self, features: Tensor) -> Tensor:
+        """Project features (B, F) to condition vectors (B, D)."""
+        projection = self.text_to_cond if self.architecture.is_text else self.image_to_cond
+        cond_vec: Tensor = projection(features)
+        return cond_vec
+
+    def get_extra_state(self) -> Tensor:
+        # Bytes in a tensor: such a state dict loads with weights_only=True and fits safetensors.
+        return torch.frombuffer(bytearray(json.dumps(self.architecture.as_dict(), sort_keys=True).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Accept the architecture of a checkpoint; `_load_from_state_dict` has checked it by then."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if any(key.startswith(prefix) for key in state_dict):
+            if f"{prefix}_extra_state" in state_dict:
+                check_architecture(read_extra_state(state_dict[f"{prefix}_extra_state"]), self.architecture)
+            else:
+                state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
+        else:
+            self._keep_identity(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _keep_identity(self, state_dict: dict[str, Any], prefix: str) -> None:
+        if self.family not in _warned_of_baseline:
+            _warned_of_baseline.add(self.family)
+            film_logger().warning(
+                "[VLM] WARNING: the checkpoint has no FiLM weights (a plain baseline): "
+                "FiLM starts as the identity, which equals the baseline until it is trained"
+            )
+        for name, value in self.state_dict().items():
+            state_dict[prefix + name] = value
+
+
+def film_modules(model: nn.Module) -> list[FilmModule]:
+    """Return the FiLM modules inside a model, copies such as an EMA's included."""
+    return [module for module in model.modules() if isinstance(module, FilmModule)]

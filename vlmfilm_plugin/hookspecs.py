@@ -1,0 +1,152 @@
+"""What an adapter tells us about a host: the pluggy hook `vlmfilm_host` and the records it returns.
+
+An adapter describes, it does not patch: class by class it names what to watch, and the core does the wrapping. So an adapter needs
+no torch and cannot forget to undo, to keep a signature, or to fail closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+PROJECT = "vlmfilm"
+ENTRY_POINTS = "vlmfilm.hosts"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+PHASES = ("train", "val", "test", "predict")
+
+
+@dataclass(frozen=True)
+class RowView:
+    """One UNet forward, as a row mapping sees it.
+
+    Attributes:
+        phase: `train`, `val`, `test` or `predict`.
+        samples: B, the number of samples of the running batch.
+        rows: R, the number of rows the UNet was called with.
+        image: the batch's image tensor (B, C, H, W).
+        condition: the condition image the UNet was called with (R, C, h, w), or None where it has none.
+    """
+
+    phase: str
+    samples: int
+    rows: int
+    image: Any
+    condition: Any
+
+
+# (B samples, R rows) -> the sample of each row, or None where that cannot be known: then the run stops with an error.
+RowMap = Callable[[RowView], Sequence[int] | None]
+
+
+def same_rows(view: RowView) -> Sequence[int] | None:
+    """Map row i to sample i, and every row to the one sample of a batch of one."""
+    if view.rows == view.samples:
+        return range(view.rows)
+    return [0] * view.rows if view.samples == 1 else None
+
+
+def first_argument(arguments: Mapping[str, Any]) -> Any:
+    """Return a step method's first argument after self: the batch, in Lightning."""
+    return next(iter(arguments.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNet:
+    """A UNet class: FiLM is attached when its `__init__` returns.
+
+    Attributes:
+        cls: the class.
+        targets: apply point -> module path pattern of the blocks, `*` for one component: `{"post_block2": "ups.*.1"}`.
+        channels: block -> C, the channels of its output; None reads them off the block's last convolution.
+        condition: name of the argument of `forward` that holds the condition image, or None.
+    """
+
+    cls: type
+    targets: Mapping[str, str]
+    channels: Callable[[Any], int] | None = None
+    condition: str | None = "cond"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Methods that handle one batch: the batch is published while they run.
+
+    Attributes:
+        cls: the class that has them.
+        phases: method name -> phase (`train`, `val`, `test`, `predict`).
+        value_range: (low, high) of the batch's image tensor.
+        batch: the method's bound arguments without self -> the batch, a mapping with the image tensor (B, C, H, W) at `image`.
+        rows: which sample each row of a UNet forward belongs to.
+    """
+
+    cls: type
+    phases: Mapping[str, str]
+    value_range: tuple[float, float]
+    batch: Callable[[Mapping[str, Any]], Any] = first_argument
+    rows: RowMap = same_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A method that receives the host's configuration; `read` turns its bound arguments without self into settings.
+
+    Attributes:
+        resume: bound arguments -> path of a checkpoint that the models built afterwards will resume from, or None.
+    """
+
+    cls: type
+    method: str
+    read: Callable[[Mapping[str, Any]], Mapping[str, object]]
+    resume: Callable[[Mapping[str, Any]], str | None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """A data set class that knows the untouched file behind each sample's name (`batch["name"]`).
+
+    Attributes:
+        cls: the class; it is asked when its `__init__` returns.
+        read: the built data set -> (name, path) pairs. One name with two paths stands for neither.
+    """
+
+    cls: type
+    read: Callable[[Any], Iterable[tuple[str, str]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostSpec:
+    """What one module of a host contributes. Return it from `vlmfilm_host`.
+
+    Attributes:
+        name: the host's name in messages.
+        unets: UNet classes of this module.
+        steps: classes of this module with methods that handle a batch.
+        models: classes whose instances must contain FiLM once built (a run that was asked to be FiLM never goes on as a baseline);
+            Lightning modules among them also save and check FiLM's metadata in their checkpoints.
+        configs: methods of this module that receive the host's configuration.
+        sources: data set classes of this module.
+        recompute: names in this module that hold `torch.utils.checkpoint.checkpoint`, where the UNet calls it around target blocks.
+    """
+
+    name: str
+    unets: Sequence[UNet] = ()
+    steps: Sequence[Steps] = ()
+    models: Sequence[type] = ()
+    configs: Sequence[Config] = ()
+    sources: Sequence[Sources] = ()
+    recompute: Sequence[str] = field(default=())
+
+
+@hookspec
+def vlmfilm_host(module: ModuleType) -> HostSpec | None:
+    """Describe `module` when it is part of your host, judged by its structure, else return None.
+
+    Called once for each host module named in the entry-point group `vlmfilm.hosts`, when its import has finished.
+    """

@@ -1,0 +1,186 @@
+"""The condition in force while a host handles one batch: which feature each row of each UNet forward gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vlmfilm_plugin.conditioning import Frame
+from vlmfilm_plugin.diagnostics import StageRecorder, StepFacts
+from vlmfilm_plugin.errors import ConditionError
+from vlmfilm_plugin.features import CacheStats, FeatureSource, Sample, derangement
+from vlmfilm_plugin.film_module import FilmModule
+from vlmfilm_plugin.hookspecs import RowMap, RowView
+from vlmfilm_plugin.settings import MODE_VARIABLE
+
+if TYPE_CHECKING:
+    from vlmfilm_plugin.runtime import Runtime
+
+
+class RunningBatch:
+    """The condition in force while a host handles one batch."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        batch: Any,
+        phase: str,
+        value_range: tuple[float, float],
+        rows: RowMap,
+        step: int | None,
+        epoch: int | None,
+        batch_idx: int | None,
+    ) -> None:
+        self._runtime, self._batch, self._rows = runtime, batch, rows
+        self.phase, self.step, self.epoch, self.batch_idx = phase, step, epoch, batch_idx
+        self._value_range = value_range
+        self.image = image_of(batch)
+        self._features: dict[Any, Tensor] = {}
+        self._kept: dict[Any, Frame] = {}
+        self._index: dict[Any, Tensor | None] = {}
+        self._mapped_condition: Tensor | None = None
+        self._recorded: set[str] = set()
+        self._is_logged = runtime.diagnostics.is_logged(phase, step, batch_idx)
+        self._facts: StepFacts | None = None
+
+    def serves(self, film: FilmModule) -> bool:
+        return True
+
+    def open_frame(self, film: FilmModule, x: Tensor, image: Tensor | None) -> Frame:
+        """Return the frame of a forward; in evaluation what was computed for a batch is kept for all its forwards."""
+        if film.mode == "off":
+            return Frame(film, None, recorder=self._recorder(film))
+        index = self._index_of(x, image)
+        features = self._features_for(film, x.device)
+        if film.training or torch.is_grad_enabled():
+            return Frame(film, features, index, recorder=self._recorder(film))
+        key = (id(film), x.shape[0], x.device, id(index))
+        if key not in self._kept:
+            shared = next((frame.shared for (owner, *_), frame in self._kept.items() if owner == id(film)), {})
+            self._kept[key] = Frame(film, features, index, shared=shared)
+        frame = self._kept[key]
+        frame.recorder = self._recorder(film)
+        return frame
+
+    def _recorder(self, film: FilmModule) -> StageRecorder | None:
+        if not self._is_logged or film.family in self._recorded:
+            return None
+        self._recorded.add(film.family)
+        facts = self._facts or StepFacts(
+            self.phase, self.step, self.epoch, self.batch_idx, self.image.shape[0], film.mode, film.architecture.apply_point, "none"
+        )
+        return StageRecorder(self._runtime.diagnostics, facts)
+
+    def _index_of(self, x: Tensor, condition: Tensor | None) -> Tensor | None:
+        """Return the sample of each row (R,), or None where row i is sample i."""
+        samples, rows = self.image.shape[0], x.shape[0]
+        key = (rows, x.device)
+        # The map of a batch of several may depend on the content of the condition image, which an ODE solver passes again and again.
+        is_known = key in self._index and (samples == 1 or self.phase == "train" or condition is self._mapped_condition)
+        if not is_known:
+            mapping = self._rows(RowView(self.phase, samples, rows, self.image, condition))
+            if mapping is None or len(mapping) != rows or not all(0 <= sample < samples for sample in mapping):
+                raise self._unmapped(samples, rows)
+            is_identity = list(mapping) == list(range(samples))
+            self._index[key] = None if is_identity else torch.tensor(list(mapping), dtype=torch.long, device=x.device)
+            self._mapped_condition = condition
+        return self._index[key]
+
+    def _unmapped(self, samples: int, rows: int) -> ConditionError:
+        return ConditionError(
+            "cannot tell which sample each row of this UNet forward belongs to",
+            {
+                "phase": self.phase,
+                "rows": rows,
+                "samples": samples,
+                "expected": "rows that repeat the samples in order (training), or one sample a batch (sliding windows)",
+            },
+            "evaluate with batch size 1, or give the rows' own condition: `with handle.condition(features=...)`",
+        )
+
+    def _features_for(self, film: FilmModule, device: torch.device) -> Tensor:
+        """Return the features (S, F) of the samples; memory, store and encoder are asked once a batch."""
+        key = (film.architecture.fingerprint, film.family, device)
+        if key not in self._features:
+            self._features[key] = self._look_up(film).to(device, non_blocking=True)
+        return self._features[key]
+
+    def _look_up(self, film: FilmModule) -> Tensor:
+        runtime, source = self._runtime, self._runtime.source_for(film)
+        before = _copy(source.stats)
+        samples = source.samples_of(self._batch, self.image, self._value_range, runtime.files)
+        keys = [sample.key for sample in samples]
+        if self.phase == "train" and not all(sample.path for sample in samples):
+            runtime.warn_of_crops()
+        choice = runtime.policy_for(film).choose(keys, self.step, self.phase == "train")
+        if choice.rows is None:
+            features = runtime.held(film).expand(len(samples), -1)
+        else:
+            chosen = [samples[row] for row in choice.rows]
+            features = torch.from_numpy(source.get(chosen))
+            if len({sample.key for sample in chosen}) == 1:
+                runtime.hold(film, features[:1].clone())
+        permutation: list[int] | None = None
+        if film.mode == "shuffle":
+            features, permutation = self._shuffle(source, samples, features)
+        runtime.diagnostics.cache_stats(self.step, source.stats)
+        self._facts = StepFacts(
+            self.phase,
+            self.step,
+            self.epoch,
+            self.batch_idx,
+            len(samples),
+            film.mode,
+            film.architecture.apply_point,
+            "text" if film.architecture.is_text else "image",
+            keys,
+            _difference(source.stats, before),
+            len({sample.path is None for sample in samples}) > 1,
+            permutation,
+        )
+        return features
+
+    def _shuffle(self, source: FeatureSource, samples: list[Sample], features: Tensor) -> tuple[Tensor, list[int]]:
+        """Return features of other samples: permuted by the step alone, or, for a batch of one, another image's from the store."""
+        step = self.step or 0
+        if len(samples) > 1:
+            permutation = derangement(len(samples), step)
+            self._runtime.diagnostics.shuffled(self.phase, self.epoch, permutation.tolist())
+            return features[permutation], permutation.tolist()
+        drawn = source.another(samples[0].key, step * 1_000_003 + (self.batch_idx or 0))
+        if drawn is None:
+            raise ConditionError(
+                "cannot shuffle a batch of one: the store holds no other image's feature",
+                {"image": samples[0].key, "store": source.store.path, "expected": "at least one other feature of this encoder"},
+                f"run {MODE_VARIABLE}=on over the data first, or use a batch size of 2 or more",
+            )
+        self._runtime.diagnostics.shuffled(self.phase, self.epoch, [0], f" batch of one: {samples[0].key} is conditioned on {drawn[0]}")
+        return torch.from_numpy(drawn[1])[None], [0]
+
+
+def image_of(batch: Any) -> Tensor:
+    """Return the batch's image tensor (B, C, H, W).
+
+    Raises:
+        ConditionError: the batch is no mapping with a tensor at `image`.
+    """
+    image = batch.get("image") if isinstance(batch, Mapping) else None
+    if not isinstance(image, Tensor) or image.dim() != 4:
+        found = f"{type(image).__name__} of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise ConditionError(
+            "cannot find the images of this batch",
+            {"batch": type(batch).__name__, "found": f"{found} at 'image'", "expected": "a mapping with a tensor (B, C, H, W) at 'image'"},
+            "let the adapter's `Steps.batch` return such a mapping",
+        )
+    return image
+
+
+def _copy(stats: CacheStats) -> CacheStats:
+    return CacheStats(stats.total, stats.mem_hit, stats.disk_hit, stats.miss)
+
+
+def _difference(now: CacheStats, before: CacheStats) -> CacheStats:
+    return CacheStats(now.total - before.total, now.mem_hit - before.mem_hit, now.disk_hit - before.disk_hit, now.miss - before.miss)

@@ -1,0 +1,224 @@
+"""The runtime: the one place that puts the parts together for a host's run.
+
+Holds mode, settings, feature sources and diagnostics. Adapters describe, `hosts` patches, the patches call this.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from vlmfilm_plugin import checkpoint as ckpt
+from vlmfilm_plugin import conditioning
+from vlmfilm_plugin.attachment import ATTRIBUTE, FilmHandle, install
+from vlmfilm_plugin.diagnostics import Diagnostics
+from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
+from vlmfilm_plugin.features import FeatureSource
+from vlmfilm_plugin.film_module import FilmModule, film_modules
+from vlmfilm_plugin.hookspecs import PHASES, RowMap, UNet, same_rows
+from vlmfilm_plugin.log import film_logger
+from vlmfilm_plugin.policy import ConditionPolicy
+from vlmfilm_plugin.running_batch import RunningBatch
+from vlmfilm_plugin.settings import MODE_VARIABLE, Layer, Settings, environment_layers, resolve
+
+
+class Runtime:
+    """FiLM in one process.
+
+    Args:
+        mode: `on`, `off` or `shuffle`.
+        environ: the environment at activation.
+        base_dir: the working directory at activation; relative paths are relative to it, whatever the host changes to later.
+    """
+
+    def __init__(self, mode: str, environ: Mapping[str, str], base_dir: str) -> None:
+        self.mode, self._environ, self._base_dir = mode, dict(environ), base_dir
+        self._host_layers: list[Layer] = []
+        self._facts: ckpt.CheckpointFacts | None = None
+        self._sources: dict[str, FeatureSource] = {}
+        self._policies: WeakKeyDictionary[FilmModule, ConditionPolicy] = WeakKeyDictionary()
+        self._held: WeakKeyDictionary[FilmModule, Tensor] = WeakKeyDictionary()
+        self._counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._has_warned_of_crops = False
+        self._settings: Settings | None = None
+        self._diagnostics: Diagnostics | None = None
+        self.files: dict[str, Path | None] = {}
+        self.attached = 0
+
+    # Settings
+
+    @property
+    def settings(self) -> Settings:
+        """Return the settings of this run; they are resolved at the first use after a change of their layers."""
+        if self._settings is None:
+            self._settings = self._resolve()
+        return self._settings
+
+    def _resolve(self) -> Settings:
+        layers: list[Layer] = []
+        if self._facts is not None:
+            layers.append((f"checkpoint {self._facts.path}", self._facts.encoder))
+        layers += [*self._host_layers, *environment_layers(self._environ, self._base_dir)]
+        if self._facts is not None:
+            layers.append((f"checkpoint {self._facts.path}", self._facts.architecture))
+        settings = resolve(layers, self._base_dir)
+        if not settings.use_vlm_film:
+            raise SettingsError(
+                "this run was asked to be FiLM and not to be FiLM",
+                {"found": f"{MODE_VARIABLE}={self.mode}, and use_vlm_film false   (from {settings.origin('use_vlm_film')})"},
+                f"unset {MODE_VARIABLE}, or take `use_vlm_film: false` out",
+            )
+        return settings
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        """Return the writer of the log lines."""
+        if self._diagnostics is None:
+            self._diagnostics = Diagnostics(self.settings)
+        return self._diagnostics
+
+    def host_config(self, values: Mapping[str, object], resume: str | None) -> None:
+        """Take settings from the host's own configuration, and from the checkpoint it will resume from."""
+        self._host_layers = [("host config", values)]
+        self._facts = ckpt.peek(resume)
+        self._settings = self._diagnostics = None
+
+    @contextmanager
+    def loading(self, path: object) -> Iterator[None]:
+        """Build models inside the block as the checkpoint at `path` says: its stages win, its encoder is the default."""
+        outer, self._facts = self._facts, ckpt.peek(path)
+        self._settings = None
+        try:
+            yield
+        finally:
+            # The settings stay those of the model that was loaded; only a later model is built without this checkpoint.
+            resolved, self._facts = self._settings, outer
+            self._settings = resolved
+
+    # Models
+
+    def attach(self, unet: nn.Module, spec: UNet) -> FilmHandle | None:
+        """Attach FiLM to a UNet whose `__init__` has just returned; None where it has it already (a subclass of a patched class)."""
+        if hasattr(unet, ATTRIBUTE):
+            return None
+        names = list(inspect.signature(spec.cls.forward).parameters)[1:]  # type: ignore[attr-defined]
+        position = names.index(spec.condition) if spec.condition in names else None
+        settings = self.settings
+        handle = install(unet, settings, self.mode, targets=spec.targets, channels=spec.channels, condition=spec.condition, position=position)
+        self.attached += 1
+        stages = ", ".join(f"{stage.index} ({stage.path}, {stage.channels})" for stage in handle.stages)
+        film_logger().info(
+            "[VLM] FiLM attached: mode=%s encoder=%s unet=%s apply_point=%s stages=%s",
+            self.mode,
+            settings.encoder,
+            type(unet).__name__,
+            settings.apply_point,
+            stages,
+        )
+        return handle
+
+    def require_film(self, model: nn.Module, host: str) -> None:
+        """Check that a host's model contains FiLM once it is built.
+
+        Raises:
+            HostError: it has none, so the run would go on as a baseline.
+        """
+        if film_modules(model):
+            return
+        hparams = getattr(model, "hparams", {})
+        raise HostError(
+            f"{MODE_VARIABLE}={self.mode} asks for FiLM, but this {type(model).__name__} has no UNet that can carry it",
+            {"host": host, "found": f"arch_name {hparams.get('arch_name')!r}" if "arch_name" in hparams else "no FiLM target in the model"},
+            f"choose an architecture with a MedSegDiff-style UNet, or unset {MODE_VARIABLE} for a plain run",
+        )
+
+    def learn_sources(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Note the untouched file behind each name; a name that stands for two files stands for neither from then on."""
+        for name, path in pairs:
+            known = self.files.setdefault(name, Path(path))
+            if known != Path(path):
+                self.files[name] = None
+
+    def save_checkpoint(self, model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
+        """Add FiLM's metadata to a checkpoint that the host is about to save."""
+        ckpt.write_metadata(model, self.settings, checkpoint)
+
+    def load_checkpoint(self, model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
+        """Make a checkpoint fit before the host loads it strictly."""
+        ckpt.adapt(model, checkpoint)
+
+    # Batches
+
+    @contextmanager
+    def batch(
+        self,
+        batch: Any,
+        *,
+        phase: str,
+        value_range: tuple[float, float],
+        rows: RowMap = same_rows,
+        owner: Any = None,
+        batch_idx: int | None = None,
+        step: int | None = None,
+    ) -> Iterator[None]:
+        """Publish the running batch: UNet forwards inside the block are conditioned on its images.
+
+        A condition that is in force already wins: a caller's own, or that of an outer step.
+        """
+        if conditioning.is_any_in_force():
+            yield
+            return
+        if phase not in PHASES:
+            raise ConditionError(f"cannot publish a batch: unknown phase {phase!r}", {"expected": ", ".join(PHASES)}, "correct `phase`")
+        if step is None:
+            step = self._step_of(owner, phase)
+        running = RunningBatch(self, batch, phase, value_range, rows, step, getattr(owner, "current_epoch", None), batch_idx)
+        self.diagnostics.enter_phase(phase)
+        with conditioning.in_force(running):
+            yield
+
+    def _step_of(self, owner: Any, phase: str) -> int | None:
+        step = getattr(owner, "global_step", None)
+        if isinstance(step, int) or owner is None:
+            return step
+        # A host without a step of its own: count its training batches.
+        count = self._counted.get(owner, -1) + (phase == "train")
+        self._counted[owner] = count
+        return max(count, 0)
+
+    def warn_of_crops(self) -> None:
+        """Say once that training images are encoded as the host crops them, which costs an encoding a crop."""
+        if not self._has_warned_of_crops:
+            self._has_warned_of_crops = True
+            film_logger().warning(
+                "[VLM] WARNING: no source file was found for training images: each is encoded as the host passes it, augmented or cropped, "
+                "so few features are ever reused (give `dataset_root`, or file paths in the batch)"
+            )
+
+    def source_for(self, film: FilmModule) -> FeatureSource:
+        """Return the source of features of this FiLM's encoder."""
+        key = film.architecture.fingerprint or ""
+        if key not in self._sources:
+            self._sources[key] = FeatureSource.from_settings(self.settings)
+        return self._sources[key]
+
+    def policy_for(self, film: FilmModule) -> ConditionPolicy:
+        """Return the policy that chooses what this UNet's batches are conditioned on."""
+        if film not in self._policies:
+            s = self.settings
+            self._policies[film] = ConditionPolicy(s.batch_strategy, s.reuse_policy, s.update_interval_steps_train)
+        return self._policies[film]
+
+    def hold(self, film: FilmModule, features: Tensor) -> None:
+        """Keep the feature (1, F) that a policy holds over steps."""
+        self._held[film] = features
+
+    def held(self, film: FilmModule) -> Tensor:
+        """Return the feature (1, F) that a policy holds."""
+        return self._held[film]

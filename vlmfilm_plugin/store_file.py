@@ -1,0 +1,145 @@
+"""The SQLite file of the feature store: schema and migrations, connections, transactions, and errors with a fix.
+
+Knows nothing of features: it hands out connections that are safe for this process and thread.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlmfilm_plugin.errors import StoreError
+
+FILE_NAME = "features.sqlite"
+
+# Migration i takes a file from schema version i to i + 1. Published ones are never edited; new ones are appended.
+_MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        "CREATE TABLE namespaces (id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL UNIQUE, facts TEXT NOT NULL, created REAL NOT NULL)",
+        # Keys are bytes: a file name that is no valid UTF-8 has no text form in SQLite.
+        "CREATE TABLE features (namespace INTEGER NOT NULL REFERENCES namespaces(id), key BLOB NOT NULL, source_size INTEGER,"
+        " source_mtime_ns INTEGER, source_digest TEXT, dtype TEXT NOT NULL, width INTEGER NOT NULL, data BLOB NOT NULL,"
+        " checksum INTEGER NOT NULL, created REAL NOT NULL, PRIMARY KEY (namespace, key)) WITHOUT ROWID",
+    ),
+)
+
+_DELETE = f"delete {FILE_NAME} with its -wal and -shm files; features are encoded again"
+_FIXES = (
+    ("locked", "wait for, or end, the other process that writes to this file"),
+    ("full", "free space on the disk, or set `cache_dir` to another one"),
+    ("not a database", _DELETE),
+    ("malformed", _DELETE),
+    ("no such", _DELETE),
+    ("readonly", "set `cache_dir` to a folder you can write"),
+    ("unable to open", "set `cache_dir` to a folder you can write"),
+)
+
+
+class StoreFile:
+    """One SQLite file in WAL mode, with a connection for each process and thread; made and migrated when opened.
+
+    Args:
+        path: the file; its folder is made when missing.
+        timeout_s: seconds to wait for a lock of another connection.
+
+    Raises:
+        StoreError: the folder or file cannot be made, read or written, or its schema is newer than this package.
+    """
+
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        self.path = path
+        self._timeout_s = timeout_s
+        self._is_closed = False
+        # After a fork the parent's connections stay listed, unused and open: SQLite forbids using or closing them in the child.
+        self._connections: dict[tuple[int, int], sqlite3.Connection] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            facts = {"folder": path.parent, "system said": error.strerror or str(error), "expected": "a folder that can be written"}
+            raise StoreError("cannot make the folder of the feature store", facts, "set `cache_dir` to a folder you can write") from error
+        with self.use("open"):
+            pass
+
+    @contextmanager
+    def use(self, action: str) -> Iterator[sqlite3.Connection]:
+        """Hand out this thread's connection; what SQLite raises becomes a StoreError that says `action` could not be done."""
+        if self._is_closed:
+            raise StoreError(f"cannot {action} the feature store: it is closed", {"file": self.path}, "open a new FeatureStore")
+        try:
+            yield self._connection()
+        except sqlite3.Error as error:
+            fix = next((fix for said, fix in _FIXES if said in str(error).lower()), "check the disk and the folder of the file")
+            facts = {"file": self.path, "SQLite said": str(error), "expected": "a feature store that can be read and written"}
+            raise StoreError(f"cannot {action} the feature store", facts, fix) from error
+
+    def close(self) -> None:
+        """Close this process's connections; doing it twice is fine."""
+        self._is_closed = True
+        for owner in [owner for owner in self._connections if owner[0] == os.getpid()]:
+            self._connections.pop(owner).close()
+
+    def _connection(self) -> sqlite3.Connection:
+        owner = (os.getpid(), threading.get_ident())
+        if owner not in self._connections:
+            self._connections[owner] = self._open()
+        return self._connections[owner]
+
+    def _open(self) -> sqlite3.Connection:
+        # check_same_thread off: `close` ends the connections of all threads, and thread idents are reused.
+        connection = sqlite3.connect(self.path, timeout=self._timeout_s, isolation_level=None, check_same_thread=False)
+        try:
+            _until(self._timeout_s, lambda: connection.execute("PRAGMA journal_mode = WAL").fetchone())
+            connection.execute("PRAGMA synchronous = NORMAL")
+            _migrate(connection, self.path)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Run the body in one write transaction: all of it, or nothing."""
+    # IMMEDIATE: taking the write lock at the start lets busy_timeout wait; an upgrade from read to write could not.
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    while (version := connection.execute("PRAGMA user_version").fetchone()[0]) != len(_MIGRATIONS):
+        if not 0 <= version < len(_MIGRATIONS):
+            raise StoreError(
+                "cannot open the feature store: unknown schema",
+                {"file": path, "found": f"version {version}", "expected": f"version {len(_MIGRATIONS)} or older"},
+                "upgrade vlmfilm-plugin, or set `cache_dir` to another folder",
+            )
+        with transaction(connection):
+            # Another process may have migrated while this one waited for the lock.
+            if connection.execute("PRAGMA user_version").fetchone()[0] == version:
+                for statement in _MIGRATIONS[version]:
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {version + 1}")
+
+
+def _until(timeout_s: float, call: Callable[[], object]) -> None:
+    """Repeat a call while the file is locked: SQLite does not wait for the switch to WAL as it does for other locks."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            call()
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
