@@ -31,7 +31,7 @@ def vlmfilm_host(module: ModuleType) -> HostSpec | None:
 
 def _unets(module: ModuleType) -> HostSpec | None:
     # A UNet of this family builds its decoder from ResnetBlocks and is called as unet(x, time, cond).
-    if not _has_arguments(_class(module, "ResnetBlock"), "forward", {"x"}):
+    if not _has_arguments(vars(module).get("ResnetBlock"), "forward", {"x"}):
         return None
     unets = [
         UNet(cls=value, targets=TARGETS)

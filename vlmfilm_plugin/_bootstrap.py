@@ -206,9 +206,11 @@ def _at_end_of_execution(module: ModuleType, callback: Callable[[ModuleType], No
         self.__dict__["_initializing"] = value
         if not value:
             self.__class__ = original
-            # A failed import has taken the module out again: nothing to patch.
             if sys.modules.get(self.name) is module:
                 callback(module)
+            else:
+                # The import failed and took the module out again; a retry is another module.
+                when_ready(self.name, callback)
 
     watched = type(original.__name__, (original,), {"_initializing": property(lambda self: self.__dict__.get("_initializing", False), finish)})
     spec.__class__ = watched

@@ -31,6 +31,9 @@ _KEYS_PER_SELECT = 500  # SQLite's old limit is 999 variables a statement
 _DTYPES = {"float16": "<f2", "float32": "<f4"}
 _UPSERT = "INSERT OR REPLACE INTO features VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
+# The width of a namespace is that of any sound row; a damaged one must not stop its own repair.
+_WIDTH = "SELECT width FROM features WHERE namespace = ? AND length(data) = width * CASE dtype WHEN 'float16' THEN 2 ELSE 4 END LIMIT 1"
+
 
 @dataclass(frozen=True)
 class SourceStamp:
@@ -143,7 +146,7 @@ class FeatureStore:
                 (identity.fingerprint, json.dumps(dict(identity.facts), sort_keys=True, default=str), time.time()),
             )
             (namespace,) = connection.execute("SELECT id FROM namespaces WHERE fingerprint = ?", (identity.fingerprint,)).fetchone()
-            stored = connection.execute("SELECT width FROM features WHERE namespace = ? LIMIT 1", (namespace,)).fetchone()
+            stored = connection.execute(_WIDTH, (namespace,)).fetchone()
             _check_widths(encoded, stored[0] if stored else encoded[0][5])
             connection.executemany(_UPSERT, [(namespace, *values) for values in encoded])
 

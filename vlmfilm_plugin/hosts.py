@@ -93,7 +93,8 @@ def patch_host(module: ModuleType, spec: HostSpec, runtime: Runtime) -> None:
     for sources in spec.sources:
         _once(sources.cls, "sources", lambda sources=sources: _patch_sources(sources, runtime))  # type: ignore[misc]
     for name in spec.recompute:
-        if hasattr(module, name):
+        # `from torch.utils import checkpoint` would be a module: its calls are not seen, and a recomputed block then raises.
+        if inspect.isroutine(vars(module).get(name)):
             _once(module, f"recompute {name}", lambda name=name: _patch_recompute(module, name))  # type: ignore[misc]
 
 

@@ -148,7 +148,7 @@ def _eight_bit(values: NDArray[Any], origin: str) -> NDArray[np.uint8]:
     if values.dtype == np.uint8:
         return values
     if values.dtype == np.bool_:
-        return values.astype(np.uint8) * np.uint8(255)
+        return _rounded(values * 255.0)
     if values.dtype.kind == "u" and values.dtype.itemsize == 2:
         # By the full range, not by the image's own minimum and maximum: stretching each image to itself
         # would erase exactly the contrast and background differences that the features are to carry.

@@ -24,7 +24,7 @@ from vlmfilm_plugin.film_module import FilmModule, film_modules
 from vlmfilm_plugin.hookspecs import PHASES, RowMap, UNet, same_rows
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.policy import ConditionPolicy
-from vlmfilm_plugin.running_batch import RunningBatch
+from vlmfilm_plugin.batches import RunningBatch
 from vlmfilm_plugin.settings import MODE_VARIABLE, Layer, Settings, environment_layers, resolve
 
 

@@ -61,7 +61,8 @@ def _shade(rng: np.random.Generator, size: int) -> NDArray[np.int64]:
     """Return a gentle slope across the picture, (size, size), within 8 grey levels of zero."""
     y, x = np.mgrid[0:size, 0:size] / (size - 1) - 0.5
     angle = rng.uniform(0, 2 * np.pi)
-    return np.rint(10 * (np.cos(angle) * x + np.sin(angle) * y)).astype(np.int64)
+    slope: NDArray[np.float64] = np.rint(10 * (np.cos(angle) * x + np.sin(angle) * y))
+    return slope.astype(np.int64)
 
 
 def _curve(rng: np.random.Generator, size: int) -> NDArray[np.bool_]:
@@ -74,6 +75,6 @@ def _curve(rng: np.random.Generator, size: int) -> NDArray[np.bool_]:
     control = middle + across * rng.uniform(-0.4, 0.4) * size
     t = np.linspace(0, 1, 4 * size)[:, None]
     points = (1 - t) ** 2 * ends[0] + 2 * t * (1 - t) * control + t**2 * ends[1]
-    grid = np.stack(np.mgrid[0:size, 0:size], axis=-1)
+    grid = np.moveaxis(np.mgrid[0:size, 0:size], 0, -1)
     distance = np.linalg.norm(grid[:, :, None, :] - points, axis=-1).min(axis=-1)
     return np.asarray(distance <= 0.04 * size, dtype=np.bool_)

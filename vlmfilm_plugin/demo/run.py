@@ -85,7 +85,8 @@ def run_demo(folder: str | Path, *, seed: int = 0, steps: int | None = None, qui
     """
     root = Path(folder).resolve()
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise DemoError("cannot run the demo: its folder is in use", {"folder": root, "expected": "an empty or absent folder"}, "give another `--folder`")
+        facts = {"folder": root, "expected": "an empty or absent folder"}
+        raise DemoError("cannot run the demo: its folder is in use", facts, "give another `--folder`")
     steps = steps or (_QUICK_STEPS if quick else _STEPS)
     run = _Run(root, say)
     _prepare(root, seed, steps, quick)

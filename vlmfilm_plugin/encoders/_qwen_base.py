@@ -123,7 +123,8 @@ def features_of(rows: Sequence[Tensor], width: int, what: str) -> Tensor:
         if not bool(torch.isfinite(row).all()):
             facts = {"found": f"{int((~torch.isfinite(row)).sum())} of {width} values NaN or infinite", "expected": "finite values"}
             raise FeatureError(f"cannot use the feature of {what} {index}", facts, "set `dtype` to float32 or bfloat16")
-    return torch.stack(list(rows)) if rows else torch.zeros(0, width)
+    with torch.inference_mode(False):
+        return torch.stack(list(rows)) if rows else torch.zeros(0, width)
 
 
 def _packs(processor: Any, images: Sequence[Image], limit: int) -> Iterator[Pack]:

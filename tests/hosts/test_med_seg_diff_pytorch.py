@@ -1,0 +1,137 @@
+"""The real med-seg-diff-pytorch, untouched, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from processes import run_code, succeed
+
+pytestmark = pytest.mark.skipif(find_spec("med_seg_diff_pytorch") is None, reason="med-seg-diff-pytorch is not installed (pip install --no-deps)")
+
+SETUP = """
+import json, torch
+from med_seg_diff_pytorch import Unet, MedSegDiff
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = Unet(dim=16, image_size=32, mask_channels=1, input_img_channels=3, dim_mults=(1, 2), full_self_attn=(False, False),
+             conditioning_kwargs=dict(dim_head=8, heads=2, depth=1, patch_size=8))
+diffusion = MedSegDiff(model, timesteps=8)
+image, mask = torch.rand(4, 3, 32, 32), (torch.rand(4, 1, 32, 32) > 0.5).float()
+def train(steps, lr=1e-2):
+    optimizer = torch.optim.Adam([p for p in diffusion.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(steps):
+        loss = diffusion(mask, image)
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        losses.append(loss.item())
+    return losses
+"""
+ON = {"VLM_FILM_ENCODER": "descriptor", "VLM_FILM_COND_DIM": "16", "VLM_FILM_TEXT_MLP_HIDDEN_DIM": "16"}
+
+
+def run(code: str, folder: Path, mode: str | None, **variables: str) -> str:
+    return succeed(run_code(SETUP + code, cwd=folder, VLM_FILM_MODE=mode, **{**ON, **variables} if mode else {}))
+
+
+def last_json(output: str) -> dict[str, object]:
+    found: dict[str, object] = json.loads(output.strip().splitlines()[-1])
+    return found
+
+
+def test_training_moves_heads_and_projection_and_samples_stay_finite(tmp_path: Path) -> None:
+    output = run(
+        """
+before = {n: p.detach().clone() for n, p in diffusion.named_parameters() if "vlm_film" in n}
+train(4)
+moved = [n for n, p in diffusion.named_parameters() if n in before and not torch.equal(before[n], p)]
+sample = diffusion.sample(image)
+print(json.dumps({"film": len(before), "moved": len(moved), "shape": list(sample.shape), "finite": bool(sample.isfinite().all())}))
+""",
+        tmp_path,
+        "on",
+    )
+    found = last_json(output)
+    assert found["shape"] == [4, 1, 32, 32] and found["finite"] is True
+    # Everything but the LayerNorm behind a still-zero last layer has a gradient after the second step.
+    assert found["film"] == found["moved"] == 2 * 6 + 4
+    assert (tmp_path / "cache" / "vlm_profiles" / "features.sqlite").is_file()
+
+
+def test_each_image_is_looked_up_once_a_sample_call_however_many_steps_follow(tmp_path: Path) -> None:
+    output = run(
+        """
+from vlmfilm_plugin.features import FeatureSource
+calls = []
+get = FeatureSource.get
+FeatureSource.get = lambda self, samples: (calls.append(len(samples)), get(self, samples))[1]
+forwards = []
+model.register_forward_pre_hook(lambda *a: forwards.append(1))
+diffusion.sample(image)
+print(json.dumps({"lookups": calls, "forwards": len(forwards)}))
+""",
+        tmp_path,
+        "on",
+    )
+    assert last_json(output) == {"lookups": [4], "forwards": 8}
+
+
+def test_off_equals_the_plain_host_to_the_bit(tmp_path: Path) -> None:
+    code = """
+losses = train(3)
+torch.manual_seed(1)
+sample = diffusion.sample(image)
+print(json.dumps({"losses": losses, "sum": sample.double().sum().item(), "keys": sum("vlm_film" in k for k in diffusion.state_dict())}))
+"""
+    plain, off = last_json(run(code, tmp_path, None)), last_json(run(code, tmp_path, "off"))
+    assert plain["keys"] == 0 and off["keys"] != 0
+    assert (plain["losses"], plain["sum"]) == (off["losses"], off["sum"])
+
+
+def test_the_first_step_of_on_equals_the_plain_host_to_the_bit(tmp_path: Path) -> None:
+    code = "print(json.dumps(train(1)))"
+    assert run(code, tmp_path, None).splitlines()[-1] == run(code, tmp_path, "on").splitlines()[-1]
+
+
+def test_a_caller_with_names_publishes_its_batch(tmp_path: Path) -> None:
+    output = run(
+        """
+import numpy as np, vlmfilm_plugin
+from PIL import Image
+files = []
+for i in range(4):
+    files.append(f"case{i}.png"); Image.fromarray((np.random.default_rng(i).random((40, 40)) * 255).astype("uint8")).save(files[-1])
+with vlmfilm_plugin.running_batch({"image": image, "filepath": files, "split": "train"}, phase="train", step=0):
+    diffusion(mask, image).backward()
+print(json.dumps({"ok": True}))
+""",
+        tmp_path,
+        "on",
+    )
+    assert "[VLM] cache_key_example: train:case0.png" in output
+
+
+def test_a_unet_called_on_its_own_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    result = run_code(SETUP + "model(mask, torch.zeros(4), image)", cwd=tmp_path, VLM_FILM_MODE="on", **ON)
+    assert result.returncode == 1
+    assert "ConditionError: Unet was called with no condition in force" in result.stderr and "running_batch" in result.stderr
+
+
+def test_state_dict_round_trip_carries_the_architecture_and_refuses_another(tmp_path: Path) -> None:
+    run('train(2); torch.save(diffusion.state_dict(), "film.pt"); print("{}")', tmp_path, "on")
+    load = """
+missing = diffusion.load_state_dict(torch.load("film.pt", weights_only=True))
+print(json.dumps({"moved": float(model.vlm_film.heads[0].mlp[2].weight.abs().sum())}))
+"""
+    assert last_json(run(load, tmp_path, "on"))["moved"] != 0.0
+    other = run_code(SETUP + load, cwd=tmp_path, VLM_FILM_MODE="on", **{**ON, "VLM_FILM_DECODER_STAGES": "1"})
+    assert other.returncode == 1 and "CheckpointError" in other.stderr and "decoder_stages=[0, 1]" in other.stderr
+
+
+def test_a_baseline_state_dict_loads_at_identity_with_one_warning(tmp_path: Path) -> None:
+    run('torch.save(diffusion.state_dict(), "plain.pt"); print("{}")', tmp_path, None)
+    output = run('diffusion.load_state_dict(torch.load("plain.pt", weights_only=True)); train(1); print("{}")', tmp_path, "on")
+    assert output.count("WARNING: the checkpoint has no FiLM weights") == 1

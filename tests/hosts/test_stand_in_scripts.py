@@ -1,0 +1,200 @@
+"""The stand-in host's own scripts, unmodified: train with FiLM, evaluate on, off and shuffle, and every kind of checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from stand_in import StandIn
+from processes import run_code, succeed
+
+FLOW, MULTITASK, DIFFUSION = "medsegdiff_flow", "medsegdiff_flow_multitask", "medsegdiff"
+
+
+@pytest.fixture(scope="module")
+def trained(stand_in: StandIn) -> tuple[StandIn, str]:
+    """Return the host with a FiLM run called `film`, with SWA, and what its training printed."""
+    before = stand_in.digest()
+    output = stand_in.train("film", "on", VLM_FILM_FILM_LOG_EVERY_N_STEPS_TRAIN="2")
+    assert stand_in.digest() == before
+    return stand_in, output
+
+
+def lines(output: str, tag: str) -> list[dict[str, object]]:
+    return [json.loads(line.split("] ", 1)[1]) for line in output.splitlines() if line.startswith(f"[{tag}]")]
+
+
+def load(path: Path) -> dict[str, object]:
+    found: dict[str, object] = torch.load(path, weights_only=False)
+    return found
+
+
+def test_training_moves_the_heads_inside_the_unet_and_the_checkpoint_describes_them(trained: tuple[StandIn, str]) -> None:
+    checkpoint = load(trained[0].checkpoint("film"))
+    state = checkpoint["state_dict"]
+    film = {name: value for name, value in state.items() if "vlm_film" in name}
+    assert film and all(name.startswith("unet.base_unet.vlm_film.") for name in film)
+    assert all(film[f"unet.base_unet.vlm_film.heads.{i}.mlp.2.weight"].abs().sum() > 0 for i in range(2))
+    assert checkpoint["vlm_film_trained_stages"] == [0, 1]
+    assert checkpoint["vlm_film"]["settings"]["encoder"] == "descriptor"
+
+
+def test_training_prints_the_lines_of_a_film_run(trained: tuple[StandIn, str]) -> None:
+    debug = lines(trained[1], "FILM-DBG")
+    assert {row["film_stage_idx"] for row in debug} == {0, 1}
+    assert [row["step"] for row in debug if row["stage"] == "train" and row["film_stage_idx"] == 0] == [0, 2]
+    # After sanity checking, and after each epoch's validation: at the next training step, or at the end of the fit.
+    assert [row["step"] for row in lines(trained[1], "FILM-VAL")] == [0, 2, 4]
+    assert "[VLM] cache_key_example: unknown:val/image/" in trained[1]
+
+
+def test_evaluation_runs_in_every_mode_from_the_checkpoint_alone(trained: tuple[StandIn, str]) -> None:
+    host = trained[0]
+    outputs = {mode: host.evaluate("film", mode) for mode in ("on", "off", "shuffle")}
+    scores = {mode: json.loads((host.output(f"film-{mode}") / "metrics.json").read_text()) for mode in outputs}
+    assert all(0 <= score["dice"] <= 1 for score in scores.values())
+    assert "encoder=descriptor" in outputs["on"] and "[FILM-SHUFFLE]" in outputs["shuffle"] and "[FILM-SHUFFLE]" not in outputs["on"]
+    assert all(row["film_bypass"] for row in lines(outputs["off"], "FILM-DBG"))
+
+
+def test_the_checkpoints_stages_and_scales_win_at_evaluation(stand_in: StandIn) -> None:
+    stand_in.train("stages", "on", {"vlm_film_decoder_stages": [1], "vlm_film_config": {"gamma_scale": None, "cond_dim": 8}})
+    output = stand_in.evaluate("stages", "on", VLM_FILM_DECODER_STAGES="0", VLM_FILM_GAMMA_SCALE="0.5")
+    assert "stages=1 (ups.1.1, 8)" in output
+
+
+def test_a_checkpoint_of_another_encoder_is_refused_with_both_fingerprints(trained: tuple[StandIn, str], tiny_qwen: Path) -> None:
+    host = trained[0]
+    code = f"""
+    from src.archs.flow_model import FlowModel
+    FlowModel.load_from_checkpoint({str(host.checkpoint("film"))!r}, map_location="cpu", weights_only=False)
+    """
+    result = run_code(code, cwd=host.repo, VLM_FILM_MODE="on", VLM_FILM_ENCODER="qwen2_5_vl", VLM_FILM_MODEL_NAME=str(tiny_qwen))
+    assert result.returncode == 1 and "CheckpointError" in result.stderr
+    assert "checkpoint: descriptor-" in result.stderr and "this run:   qwen2_5_vl-" in result.stderr
+
+
+def test_a_plain_baseline_evaluates_the_same_with_film_at_identity_and_one_warning(stand_in: StandIn) -> None:
+    plain = stand_in.train("plain", None)
+    assert "VLM" not in plain and not any("vlm_film" in name for name in load(stand_in.checkpoint("plain"))["state_dict"])
+    stand_in.evaluate("plain", None)
+    output = stand_in.evaluate("plain", "on", VLM_FILM_ENCODER="descriptor")
+    assert output.count("WARNING: the checkpoint has no FiLM weights") == 1
+    scores = [json.loads((stand_in.output(f"plain-{mode}") / "metrics.json").read_text()) for mode in (None, "on")]
+    assert scores[0] == scores[1]
+
+
+def test_off_equals_the_plain_host_with_the_same_weights_to_the_bit(trained: tuple[StandIn, str]) -> None:
+    host = trained[0]
+    stripped = host.root / "runs" / "stripped" / "checkpoints" / "last.ckpt"
+    stripped.parent.mkdir(parents=True)
+    checkpoint = load(host.checkpoint("film"))
+    checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if "vlm_film" not in name}
+    torch.save(checkpoint, stripped)
+    code = """
+    import hashlib, torch
+    from src.archs.flow_model import FlowModel
+    model = FlowModel.load_from_checkpoint({path!r}, map_location="cpu", weights_only=False, strict=True).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        y = model.sample(torch.randn(2, 1, 32, 32), torch.randn(2, 1, 32, 32))
+    print(hashlib.sha256(y.numpy().tobytes()).hexdigest())
+    """
+    plain = succeed(run_code(code.format(path=str(stripped)), cwd=host.repo))
+    off = succeed(run_code(code.format(path=str(host.checkpoint("film"))), cwd=host.repo, VLM_FILM_MODE="off"))
+    assert plain.splitlines()[-1] == off.splitlines()[-1]
+
+
+def test_a_checkpoint_of_the_port_loads_with_its_stages_and_unbounded_heads(trained: tuple[StandIn, str], tiny_qwen: Path) -> None:
+    host = trained[0]
+    port = host.root / "runs" / "port" / "checkpoints" / "last.ckpt"
+    port.parent.mkdir(parents=True)
+    checkpoint = load(host.checkpoint("film"))
+    state = {name: value for name, value in checkpoint["state_dict"].items() if "vlm_film" not in name}
+    hidden, channels = 12, 8
+    torch.manual_seed(0)
+    state |= {
+        "vlm_film_heads.0.ln.weight": torch.ones(10),
+        "vlm_film_heads.0.ln.bias": torch.zeros(10),
+        "vlm_film_heads.0.mlp.0.weight": torch.randn(hidden, 10),
+        "vlm_film_heads.0.mlp.0.bias": torch.randn(hidden),
+        "vlm_film_heads.0.mlp.2.weight": torch.randn(2 * channels, hidden),
+        "vlm_film_heads.0.mlp.2.bias": torch.randn(2 * channels),
+        "vlm_film_conditioner.image_to_cond.proj.weight": torch.randn(10, 32),
+        "vlm_film_conditioner.image_to_cond.proj.bias": torch.randn(10),
+        "vlm_film_conditioner.image_to_cond.ln.weight": torch.ones(10),
+        "vlm_film_conditioner.image_to_cond.ln.bias": torch.zeros(10),
+        "vlm_film_conditioner.text_to_cond.mlp.0.weight": torch.randn(10, 32),
+    }
+    checkpoint = {name: value for name, value in checkpoint.items() if name not in {"vlm_film", "optimizer_states"}}
+    checkpoint |= {"state_dict": state, "vlm_film_trained_stages": [1]}
+    checkpoint["hyper_parameters"] |= {"use_vlm_film": True, "vlm_film_config": {"model_name": str(tiny_qwen), "gamma_scale": 0.1}}
+    torch.save(checkpoint, port)
+    code = f"""
+    import torch
+    from src.archs.flow_model import FlowModel
+    model = FlowModel.load_from_checkpoint({str(port)!r}, map_location="cpu", weights_only=False, strict=True)
+    film = model.unet.base_unet.vlm_film
+    state = torch.load({str(port)!r}, weights_only=False)["state_dict"]
+    assert torch.equal(film.heads[0].mlp[2].weight, state["vlm_film_heads.0.mlp.2.weight"])
+    assert torch.equal(film.image_to_cond.proj.weight, state["vlm_film_conditioner.image_to_cond.proj.weight"])
+    print([s.index for s in film.architecture.stages], film.heads[0].gamma_scale, film.architecture.cond_dim)
+    """
+    output = succeed(run_code(code, cwd=host.repo, VLM_FILM_MODE="on"))
+    assert output.splitlines()[-1] == "[1] None 10"
+    assert "not used here: vlm_film_conditioner.text_to_cond.mlp.0.weight" in output
+
+
+@pytest.mark.parametrize("arch", [MULTITASK, DIFFUSION])
+def test_multitask_and_diffusion_train_and_evaluate(stand_in: StandIn, arch: str) -> None:
+    model = {"arch_name": arch, "image_size": 32} if arch == MULTITASK else {"arch_name": arch, "image_size": 32, "dim": 8, "timesteps": 3}
+    stand_in.train(arch, "on", model)
+    state = load(stand_in.checkpoint(arch))["state_dict"]
+    prefixes = {name.split("vlm_film")[0] for name in state if "vlm_film" in name}
+    assert prefixes == ({"unet.base_unet."} if arch == MULTITASK else {"diffusion_model.model.", "ema_model.model."})
+    assert all(state[f"{prefix}vlm_film.heads.0.mlp.2.weight"].abs().sum() > 0 for prefix in prefixes)
+    for mode in ("on", "off", "shuffle"):
+        stand_in.evaluate(arch, mode, arch)
+
+
+def test_a_tiny_qwen_conditions_the_host_and_is_in_no_checkpoint(stand_in: StandIn, tiny_qwen: Path) -> None:
+    variables = {"VLM_FILM_ENCODER": "qwen2_5_vl", "VLM_FILM_MODEL_NAME": str(tiny_qwen)}
+    assert "encoder=qwen2_5_vl" in stand_in.train("qwen", "on", **variables)
+    state = load(stand_in.checkpoint("qwen"))["state_dict"]
+    assert state["unet.base_unet.vlm_film.image_to_cond.proj.weight"].shape == (16, 32)
+    assert not any("visual" in name or "language" in name for name in state)
+    stand_in.evaluate("qwen", "on")
+
+
+def test_with_every_feature_stored_no_weight_of_the_encoder_is_read(stand_in: StandIn, tiny_qwen: Path) -> None:
+    variables = {"VLM_FILM_ENCODER": "qwen2_5_vl", "VLM_FILM_MODEL_NAME": str(tiny_qwen), "VLM_FILM_CACHE_DIR": str(stand_in.root / "warm")}
+    stand_in.train("warm", "on", **variables)
+    code = f"""
+    import runpy, sys
+    import transformers
+    def refuse(*a, **k): raise AssertionError("weights were read")
+    transformers.modeling_utils.PreTrainedModel.from_pretrained = classmethod(refuse)
+    sys.argv = ["scripts/train.py", "--config", {str(stand_in.config("warm2"))!r}]
+    runpy.run_path("scripts/train.py", run_name="__main__")
+    """
+    succeed(run_code(code, cwd=stand_in.repo, VLM_FILM_MODE="on", VLM_FILM_ON_MISSING_FEATURE="error", **variables))
+
+
+def test_a_missing_feature_can_be_an_error(stand_in: StandIn) -> None:
+    from processes import python
+
+    result = python(
+        "scripts/train.py", "--config", stand_in.config("missing"), cwd=stand_in.repo, VLM_FILM_MODE="on", VLM_FILM_ENCODER="descriptor",
+        VLM_FILM_CACHE_DIR=str(stand_in.root / "empty"), VLM_FILM_ON_MISSING_FEATURE="error",
+    )  # fmt: skip
+    assert result.returncode == 1 and "MissingFeatureError" in result.stderr and "unknown:val/image/" in result.stderr
+
+
+def test_text_mode_conditions_the_host(stand_in: StandIn, tiny_qwen: Path) -> None:
+    variables = {"VLM_FILM_ENCODER": "qwen2_5_vl", "VLM_FILM_MODEL_NAME": str(tiny_qwen), "VLM_FILM_USE_TEXT_PROMPT_COND": "1", "VLM_FILM_MAX_NEW_TOKENS": "3"}
+    stand_in.train("text", "on", **variables)
+    assert "unet.base_unet.vlm_film.text_to_cond.mlp.0.weight" in load(stand_in.checkpoint("text"))["state_dict"]
+    stand_in.evaluate("text", "on")
