@@ -96,6 +96,9 @@ def run_demo(folder: str | Path, *, seed: int = 0, steps: int | None = None, qui
     run.train("plain", None)
     scores["plain"] = run.evaluate("plain", "plain", None)
     run.train("film", "on")
+    if not (root / "cache").exists():
+        facts = {"found": "no feature was stored", "log": root / "logs" / "train_film.log"}
+        raise DemoError("the demo's FiLM training ran without the plugin", facts, "install the package into this Python: pip install vlmfilm-plugin")
     for mode in ("on", "off", "shuffle"):
         scores[mode] = run.evaluate(mode, "film", mode)
     if digest(root / "host") != before:
@@ -158,6 +161,8 @@ class _Run:
     def _environment(self, mode: str | None) -> dict[str, str]:
         # The user's own settings would make this another experiment.
         env = {key: value for key, value in os.environ.items() if not key.startswith(PREFIX)}
+        # The network is too small for more: threads wait on each other, badly so on a busy machine.
+        env.setdefault("OMP_NUM_THREADS", "1")
         if mode is not None:
             env.update({MODE_VARIABLE: mode, "VLM_FILM_ENCODER": "descriptor", "VLM_FILM_CACHE_DIR": str(self.root / "cache")})
         return env

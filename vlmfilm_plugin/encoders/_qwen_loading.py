@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 MODEL_TYPE = "qwen2_5_vl"
 NO_ACCELERATE_VARIABLE = "VLM_FORCE_NO_ACCELERATE"
 _SPREADING = frozenset({"auto", "balanced", "balanced_low_0", "sequential"})
+_PIXEL_VALUES = (
+    *("do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb"),
+    *("patch_size", "temporal_patch_size", "merge_size"),
+)
 _CHUNK, _CHUNKS = 64 * 1024, 16
 _EXAMPLE = "Qwen/Qwen2.5-VL-3B-Instruct"
 _FIX = "give the folder of a Qwen2.5-VL model with `model_name`, or download the model beforehand: hf download {name}"
@@ -122,10 +126,17 @@ def model_facts(settings: Settings, config: Any) -> dict[str, object]:
 
 
 def processor_facts(processor: Any) -> dict[str, object]:
-    """Return what identifies the preprocessing: the processor's class and a digest of its values."""
-    values = {key: value for key, value in processor.to_dict().items() if not key.startswith("_")}
+    """Return what identifies the preprocessing: the values that change pixels.
+
+    Neither the class's name nor the other values: both differ between versions of transformers that preprocess alike, and a checkpoint
+    must not lose its features by an upgrade.
+    """
+    held = processor.to_dict()
+    values = {key: held.get(key) for key in _PIXEL_VALUES}
+    size = processor.size
+    values["size"] = [size.get(edge) for edge in ("shortest_edge", "longest_edge")]
     text = json.dumps(values, sort_keys=True, default=str)
-    return {"processor": type(processor).__name__, "values": hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
+    return {"values": hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
 
 
 # transformers before this has no `key_mapping`; its loader strips the base model's prefix instead.

@@ -1,0 +1,51 @@
+"""Run a script of the sofl-seg repo on a small machine: no DataLoader workers, one thread, and a stand-in where torchvision is not installed.
+
+python sofl_launcher.py REPO/scripts/train.py ARGUMENTS...
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import runpy
+import sys
+import types
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+script = os.path.abspath(sys.argv[1])
+sys.argv = [script, *sys.argv[2:]]  # the host finds its root from argv[0]
+sys.path[0] = os.path.dirname(script)
+torch.set_num_threads(1)
+
+build = DataLoader.__init__
+
+
+def without_workers(self: Any, *args: Any, **kwargs: Any) -> None:
+    kwargs |= {"num_workers": 0, "prefetch_factor": None, "persistent_workers": False, "pin_memory": False}
+    build(self, *args, **kwargs)
+
+
+DataLoader.__init__ = without_workers  # type: ignore[method-assign]
+
+if importlib.util.find_spec("torchvision") is None:
+    import torchmetrics  # noqa: F401 - it looks for torchvision itself and must not find the stand-in
+
+    package, utils = types.ModuleType("torchvision"), types.ModuleType("torchvision.utils")
+    utils.make_grid = lambda images, **_: torch.cat(list(images), dim=-1)  # type: ignore[attr-defined]
+    package.utils = utils  # type: ignore[attr-defined]
+    sys.modules |= {"torchvision": package, "torchvision.utils": utils}
+
+# The host seeds nothing; MONAI's transforms draw from one generator of their own.
+from monai.transforms import Randomizable  # noqa: E402 - after the stand-in
+
+torch.manual_seed(0)
+random.seed(0)
+np.random.seed(0)
+Randomizable.R = np.random.RandomState(0)
+
+runpy.run_path(script, run_name="__main__")
