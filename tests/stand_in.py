@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from processes import DEMO_HOST, python, succeed
+
 from vlmfilm_plugin.demo.dataset import make_dataset
 
 SETTINGS = {"VLM_FILM_ENCODER": "descriptor", "VLM_FILM_COND_DIM": "16", "VLM_FILM_TEXT_MLP_HIDDEN_DIM": "16"}
@@ -40,7 +40,9 @@ class StandIn:
     def evaluate(self, name: str, mode: str | None, arch: str = "medsegdiff_flow", label: str = "", **variables: str) -> str:
         arguments = ["--data", "angio", "--models", arch, "--checkpoint", self.checkpoint(name), "--output", self.output(f"{name}{label}-{mode}")]
         # Nothing but the mode: the checkpoint says the rest.
-        return succeed(python("scripts/evaluate.py", *arguments, cwd=self.repo, VLM_FILM_MODE=mode, VLM_FILM_CACHE_DIR=str(self.root / "cache"), **variables))
+        return succeed(
+            python("scripts/evaluate.py", *arguments, cwd=self.repo, VLM_FILM_MODE=mode, VLM_FILM_CACHE_DIR=str(self.root / "cache"), **variables)
+        )
 
     def checkpoint(self, name: str) -> Path:
         return self.root / "runs" / name / "checkpoints" / "last.ckpt"

@@ -44,7 +44,9 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     conditioning._stacks.frames, conditioning._stacks.conditions = [], []
 
 
-def build(mode: str | None = None, monkeypatch: pytest.MonkeyPatch | None = None, *, seed: int = 0, is_moved: bool = True, **settings: Any) -> FilmHandle:
+def build(
+    mode: str | None = None, monkeypatch: pytest.MonkeyPatch | None = None, *, seed: int = 0, is_moved: bool = True, **settings: Any
+) -> FilmHandle:
     if mode is not None:
         assert monkeypatch is not None
         monkeypatch.setenv("VLM_FILM_MODE", mode)
@@ -67,7 +69,8 @@ def call(handle: FilmHandle, given: Tensor | None = None, unet: nn.Module | None
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Return the `__dict__` of every module, containers copied one level deep, so that any change shows."""
     return {
-        name: {key: dict(value) if isinstance(value, dict) else value for key, value in vars(module).items()} for name, module in model.named_modules()
+        name: {key: dict(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
+        for name, module in model.named_modules()
     }
 
 
@@ -555,7 +558,9 @@ def test_another_encoder_of_the_same_width_is_refused_with_both_fingerprints(tmp
     assert caught.value.facts["this run"].split()[0] == handle.film.architecture.fingerprint
 
 
-@pytest.mark.parametrize("state", [torch.zeros(3, dtype=torch.uint8), torch.tensor([1.5]), None, "text", torch.frombuffer(bytearray(b'{"format": 99}'), dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "state", [torch.zeros(3, dtype=torch.uint8), torch.tensor([1.5]), None, "text", torch.frombuffer(bytearray(b'{"format": 99}'), dtype=torch.uint8)]
+)
 def test_a_damaged_or_future_description_is_refused(state: Any) -> None:
     handle, saved = build(), build().unet.state_dict()
     saved["vlm_film._extra_state"] = state

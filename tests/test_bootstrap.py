@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from processes import DEMO_HOST, python, run_code, succeed
 
 # A host module by name and structure, as small as recognition allows; it is the one that imports torch first.
@@ -164,7 +163,10 @@ def test_relative_cache_folder_is_that_of_the_start(host: Path) -> None:
 def test_a_host_that_fails_to_import_is_patched_at_its_successful_retry(host: Path) -> None:
     module = host / "src" / "archs" / "components" / "diffusion_unet.py"
     module.write_text("import os, torch\nif 'READY' not in os.environ:\n    raise RuntimeError('not yet')\n" + UNET)
-    code = "import os\ntry:\n    import src.archs.components.diffusion_unet\nexcept RuntimeError as e:\n    print(e)\nos.environ['READY'] = '1'\n" + BUILD
+    code = (
+        "import os\ntry:\n    import src.archs.components.diffusion_unet\nexcept RuntimeError as e:\n    print(e)\nos.environ['READY'] = '1'\n"
+        + BUILD
+    )
     assert succeed(run_code(code, cwd=host, VLM_FILM_MODE="on", **SETTINGS)).splitlines()[0] == "not yet"
     assert "['ups', 'vlm_film']" in succeed(run_code(code, cwd=host, VLM_FILM_MODE="on", **SETTINGS))
 

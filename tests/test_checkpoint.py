@@ -65,7 +65,11 @@ def checkpoint_of(model: Root) -> dict[str, Any]:
 
 def port_checkpoint(model: Root, **changes: Any) -> dict[str, Any]:
     """Return a checkpoint as the soft-seg port writes it, made from ours."""
-    hyperparameters = {"use_vlm_film": True, "vlm_film_config": {"model_name": "m", "cond_dim": 4, "gamma_scale": 0.1}, "vlm_film_decoder_stages": None}
+    hyperparameters = {
+        "use_vlm_film": True,
+        "vlm_film_config": {"model_name": "m", "cond_dim": 4, "gamma_scale": 0.1},
+        "vlm_film_decoder_stages": None,
+    }
     return {"state_dict": to_port_layout(model.state_dict()), "hyper_parameters": hyperparameters, "vlm_film_trained_stages": [0, 1], **changes}
 
 
@@ -125,7 +129,9 @@ def test_peek_reads_a_file_and_leaves_everything_else_alone(tmp_path: Path) -> N
     assert found.architecture["decoder_stages"] == [1]
     assert found.path == str(tmp_path / "film.ckpt")
     assert peek(str(tmp_path / "old.ckpt")) is not None
-    assert [peek(item) for item in (tmp_path / "plain.ckpt", tmp_path / "list.ckpt", tmp_path / "none.ckpt", tmp_path, None, 3, "last", "s3://x/y")] == [None] * 8
+    assert [
+        peek(item) for item in (tmp_path / "plain.ckpt", tmp_path / "list.ckpt", tmp_path / "none.ckpt", tmp_path, None, 3, "last", "s3://x/y")
+    ] == [None] * 8
 
 
 def test_metadata_survives_weights_only_loading(tmp_path: Path) -> None:
@@ -345,10 +351,14 @@ def test_the_ports_optimizer_state_meets_the_parameters_of_the_same_meaning() ->
     port_name = {}
     for name in ours:
         own = name.removeprefix("unet.vlm_film.")
-        port_name[name] = name if own == name else own.replace("heads.", "vlm_film_heads.", 1) if own.startswith("heads.") else f"vlm_film_conditioner.{own}"
+        port_name[name] = (
+            name if own == name else own.replace("heads.", "vlm_film_heads.", 1) if own.startswith("heads.") else f"vlm_film_conditioner.{own}"
+        )
     order = sorted(ours, key=lambda name: (not port_name[name].startswith("vlm_film"), ours.index(name)))
     state = saved.state_dict()
-    port_state = {port_name[name]: state[name] for name in order} | {name: value for name, value in state.items() if name not in ours and "vlm_film" not in name}
+    port_state = {port_name[name]: state[name] for name in order} | {
+        name: value for name, value in state.items() if name not in ours and "vlm_film" not in name
+    }
     old = checkpoint["optimizer_states"][0]
     port = {
         "state_dict": port_state,

@@ -19,12 +19,47 @@ from vlmfilm_plugin.hookspecs import UNet
 from vlmfilm_plugin.runtime import Runtime
 from vlmfilm_plugin.settings import resolve
 
-FIELDS = (
-    "stage step B split_key cache_key_example cond_source cond_dim cond_norm_mean cond_norm_std cond_cos_mean cond_cos_min cond_cos_max "
-    "film_mode film_bypass gamma_mean gamma_std gamma_dev_mean gamma_dev_std beta_mean beta_std beta_norm_mean beta_norm_std "
-    "x_pre_norm_mean x_post_norm_mean mean_abs_diff max_abs_diff rel_delta_mean rel_delta_p50 rel_delta_p95 cache_total cache_hit cache_miss "
-    "hit_rate mem_hit disk_hit mixed_keys shuffle_perm_hash film_apply_point film_stage_idx"
-).split()
+FIELDS = [
+    "stage",
+    "step",
+    "B",
+    "split_key",
+    "cache_key_example",
+    "cond_source",
+    "cond_dim",
+    "cond_norm_mean",
+    "cond_norm_std",
+    "cond_cos_mean",
+    "cond_cos_min",
+    "cond_cos_max",
+    "film_mode",
+    "film_bypass",
+    "gamma_mean",
+    "gamma_std",
+    "gamma_dev_mean",
+    "gamma_dev_std",
+    "beta_mean",
+    "beta_std",
+    "beta_norm_mean",
+    "beta_norm_std",
+    "x_pre_norm_mean",
+    "x_post_norm_mean",
+    "mean_abs_diff",
+    "max_abs_diff",
+    "rel_delta_mean",
+    "rel_delta_p50",
+    "rel_delta_p95",
+    "cache_total",
+    "cache_hit",
+    "cache_miss",
+    "hit_rate",
+    "mem_hit",
+    "disk_hit",
+    "mixed_keys",
+    "shuffle_perm_hash",
+    "film_apply_point",
+    "film_stage_idx",
+]
 SPEC = UNet(cls=SmallUNet, targets={"post_block2": "ups.*.1", "post_block1": "ups.*.0"})
 
 
@@ -188,7 +223,9 @@ def test_a_single_row_has_no_cosines_and_no_nan(tmp_path: Path, capsys: pytest.C
     assert [(row["cond_cos_mean"], row["cond_norm_std"]) for row in run.rows()] == [(None, 0.0)] * 2
 
 
-def test_nothing_is_read_from_a_device_outside_logged_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_read_from_a_device_outside_logged_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Run(tmp_path, capsys)
     run.step()
     reads: list[str] = []

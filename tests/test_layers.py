@@ -175,7 +175,9 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert "torch" in heavy_after("import vlmfilm_plugin.film")
 
 
-@pytest.mark.parametrize("statement", ["import vlmfilm_plugin.cli", "import vlmfilm_plugin.hooks.sofl_seg, vlmfilm_plugin.hooks.med_seg_diff_pytorch"])
+@pytest.mark.parametrize(
+    "statement", ["import vlmfilm_plugin.cli", "import vlmfilm_plugin.hooks.sofl_seg, vlmfilm_plugin.hooks.med_seg_diff_pytorch"]
+)
 def test_the_command_line_and_the_adapters_import_without_torch(statement: str) -> None:
     assert not {"torch", "transformers", "accelerate", "lightning"} & set(heavy_after(statement))
 

@@ -11,7 +11,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
 from processes import environment
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +67,9 @@ class Environment:
 
 
 def build(checkout: Path, kind: str, out: Path) -> Path:
-    done = subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", out], cwd=checkout, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", out], cwd=checkout, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return next(out.glob("*.whl" if kind == "wheel" else "*.tar.gz"))
 

@@ -228,7 +228,17 @@ def test_the_home_of_an_unknown_user_is_a_settings_error(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "content",
-    ["a: [", "- 1\n- 2\n", "just text", "42", "a: 1\n\tb: 2", "? {a: 1}\n: 2", "revision: 2020-13-45", "cond_dim: 0x_", "x: !!python/object:os.system 1"],
+    [
+        "a: [",
+        "- 1\n- 2\n",
+        "just text",
+        "42",
+        "a: 1\n\tb: 2",
+        "? {a: 1}\n: 2",
+        "revision: 2020-13-45",
+        "cond_dim: 0x_",
+        "x: !!python/object:os.system 1",
+    ],
 )
 def test_a_bad_file_is_a_settings_error_that_names_it(tmp_path: Path, content: str) -> None:
     (tmp_path / "bad.yaml").write_text(content, encoding="utf-8")

@@ -8,6 +8,7 @@ the import once and lets a retry run unpatched, and since hosts catch `Exception
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -115,6 +116,9 @@ class Activation:
 
     def report_at_exit(self) -> None:
         """Say loudly that FiLM was not active, where a host module was imported and nothing was attached."""
+        if multiprocessing.parent_process() is not None:
+            # A DataLoader's worker imports the host for its data sets alone.
+            return
         is_attached = self._runtime is not None and self._runtime.attached > 0
         if not self.seen or is_attached or any(fate.startswith("stopped") for fate in self.seen.values()):
             return

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vlmfilm_plugin import checkpoint as ckpt
 from vlmfilm_plugin import conditioning
 from vlmfilm_plugin.attachment import ATTRIBUTE, FilmHandle, install
+from vlmfilm_plugin.batches import RunningBatch
 from vlmfilm_plugin.diagnostics import Diagnostics
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
 from vlmfilm_plugin.features import FeatureSource
@@ -24,7 +25,6 @@ from vlmfilm_plugin.film_module import FilmModule, film_modules
 from vlmfilm_plugin.hookspecs import PHASES, RowMap, UNet, same_rows
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.policy import ConditionPolicy
-from vlmfilm_plugin.batches import RunningBatch
 from vlmfilm_plugin.settings import MODE_VARIABLE, Layer, Settings, environment_layers, resolve
 
 

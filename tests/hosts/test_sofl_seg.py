@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-
 from processes import python, succeed
 from stand_in import SETTINGS
+
 from vlmfilm_plugin.demo.dataset import make_dataset
 
 REPO = os.environ.get("VLMFILM_HOST_REPO")
@@ -38,7 +38,14 @@ class Host:
             sizes |= {"patch_plan": [[32, 1]], "model_channels": 8, "channel_mult": [1, 2], "attn_resolutions": [], "num_blocks": 1}
             sizes |= {"loss": {"name": "flow_matching", "params": {"scheme": "l2"}}}
         data = {f"{split}_dir": str(self.root / "data" / split) for split in ("train", "val", "test")}
-        trainer = {"max_epochs": epochs, "accelerator": "cpu", "devices": 1, "precision": "32-true", "check_val_every_n_epoch": 1, "log_every_n_steps": 1}
+        trainer = {
+            "max_epochs": epochs,
+            "accelerator": "cpu",
+            "devices": 1,
+            "precision": "32-true",
+            "check_val_every_n_epoch": 1,
+            "log_every_n_steps": 1,
+        }
         content = {
             "model": {"arch_name": arch, "data_name": "xca", "experiment_name": tag, **sizes, **model},
             "data": {"name": "xca", "train_bs": 2, "crop_size": 32, "num_samples_per_image": 1, **data},

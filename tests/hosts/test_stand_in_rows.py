@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-
 from processes import run_code, succeed
 from stand_in import SETTINGS, StandIn
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from stand_in import StandIn
 from processes import run_code, succeed
+from stand_in import StandIn
 
 FLOW, MULTITASK, DIFFUSION = "medsegdiff_flow", "medsegdiff_flow_multitask", "medsegdiff"
 
@@ -194,7 +193,12 @@ def test_a_missing_feature_can_be_an_error(stand_in: StandIn) -> None:
 
 
 def test_text_mode_conditions_the_host(stand_in: StandIn, tiny_qwen: Path) -> None:
-    variables = {"VLM_FILM_ENCODER": "qwen2_5_vl", "VLM_FILM_MODEL_NAME": str(tiny_qwen), "VLM_FILM_USE_TEXT_PROMPT_COND": "1", "VLM_FILM_MAX_NEW_TOKENS": "3"}
+    variables = {
+        "VLM_FILM_ENCODER": "qwen2_5_vl",
+        "VLM_FILM_MODEL_NAME": str(tiny_qwen),
+        "VLM_FILM_USE_TEXT_PROMPT_COND": "1",
+        "VLM_FILM_MAX_NEW_TOKENS": "3",
+    }
     stand_in.train("text", "on", **variables)
     assert "unet.base_unet.vlm_film.text_to_cond.mlp.0.weight" in load(stand_in.checkpoint("text"))["state_dict"]
     stand_in.evaluate("text", "on")
