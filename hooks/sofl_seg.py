@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from vlmfilm_plugin.hookspecs import Config, HostSpec, RowView, Sources, Steps, UNet, hookimpl
+from vlmfilm_plugin.errors import HostError
+from vlmfilm_plugin.hookspecs import Config, HostSpec, Listing, RowView, SourceImage, Sources, Steps, UNet, hookimpl
 
 NAME = "sofl-seg"
 # Images are scaled to [-1, 1] by the host's data sets.
@@ -19,6 +20,7 @@ VALUE_RANGE = (-1.0, 1.0)
 TARGETS = {"post_block2": "ups.*.1", "post_block1": "ups.*.0"}
 PHASES = {"training_step": "train", "validation_step": "val", "test_step": "test"}
 UNET_ARGUMENTS = {"dim", "image_size", "mask_channels", "input_img_channels", "dim_mult"}
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 MODELS = ("FlowModel", "DiffusionModel", "SupervisedModel")
 
 
@@ -27,6 +29,39 @@ def vlmfilm_host(module: ModuleType) -> HostSpec | None:
     """Describe the part of the host that `module` is, or return None."""
     describe = {"diffusion_unet": _unets, "train_runner": _runner, "base_dataset": _datasets}.get(module.__name__.rsplit(".", 1)[-1], _models)
     return describe(module)
+
+
+@hookimpl
+def vlmfilm_listing(config: Mapping[str, Any], splits: Sequence[str]) -> Listing | None:
+    """List the images of `data.{split}_dir` (or `data.{split}_..._dir`) of a training YAML, named as the data sets name them."""
+    model, data = config.get("model"), config.get("data")
+    if not (isinstance(model, Mapping) and isinstance(data, Mapping) and "arch_name" in model):
+        return None
+    arguments = {"config": config}
+    images = [image for split in splits for folder in _split_folders(data, split) for image in _images_of(folder, split)]
+    return Listing(host=NAME, images=images, settings=read_config(arguments), resume=read_resume(arguments))
+
+
+def _split_folders(data: Mapping[str, Any], split: str) -> list[str]:
+    names = [name for name in data if isinstance(name, str) and name.startswith(f"{split}_") and name.endswith("_dir")]
+    return [data[name] for name in names if data[name]]
+
+
+def _images_of(folder: str, split: str) -> list[SourceImage]:
+    try:
+        files = sorted(os.listdir(os.path.join(folder, "image")))
+    except OSError as error:
+        raise HostError(
+            f"cannot list the images of {split}",
+            {"folder": os.path.join(folder, "image"), "system said": error.strerror, "working directory": os.getcwd()},
+            "correct the folder in the configuration, or start in the host's root folder",
+        ) from error
+    prefix = f"{os.path.basename(folder)}/image"
+    return [
+        SourceImage(path=os.path.abspath(os.path.join(folder, "image", file)), split=split, fields={"name": [f"{prefix}/{file}"]})
+        for file in files
+        if file.lower().endswith(IMAGE_SUFFIXES)
+    ]
 
 
 def _unets(module: ModuleType) -> HostSpec | None:

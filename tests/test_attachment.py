@@ -352,7 +352,7 @@ def test_images_that_cannot_be_used_are_refused_by_our_own_errors(described: Fil
     with pytest.raises(VlmFilmError) as caught, described.condition(images=images):
         pass
     assert not images or isinstance(caught.value, ImageReadError)
-    assert not conditioning.is_any_in_force()
+    assert not conditioning._stacks.conditions
 
 
 def test_the_encoder_is_in_no_state_dict_copy_or_pickle_of_the_unet(described: FilmHandle) -> None:

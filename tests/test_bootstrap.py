@@ -142,7 +142,8 @@ def test_a_process_that_imports_a_host_but_builds_nothing_says_so_at_exit(host: 
 
 
 def test_activated_later_in_a_notebook_patches_what_was_imported(host: Path) -> None:
-    code = "import os, torch\nimport src.archs.components.diffusion_unet\nos.environ['VLM_FILM_MODE'] = 'on'\nimport vlmfilm_plugin; vlmfilm_plugin.activate()\n"
+    code = "import os, torch\nimport src.archs.components.diffusion_unet\nos.environ['VLM_FILM_MODE'] = 'on'\n"
+    code += "import vlmfilm_plugin; vlmfilm_plugin.activate()\n"
     assert "['ups', 'vlm_film']" in succeed(run_code(code + BUILD, cwd=host, **SETTINGS))
 
 

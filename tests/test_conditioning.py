@@ -170,6 +170,44 @@ def test_a_unet_called_inside_anothers_forward_keeps_its_own_frame() -> None:
     assert torch.equal(nested[0], expected[1])
 
 
+def nest(handle: FilmHandle, inner: Callable[[], None]) -> None:
+    """Make the UNet run `inner` in the middle of its next forward."""
+
+    def once(*_: object) -> None:
+        hook.remove()
+        inner()
+
+    hook = handle.unet.ups[1][0].register_forward_pre_hook(once)
+
+
+def test_a_unet_called_inside_its_own_forward_keeps_both_frames() -> None:
+    handle, nested = film_unet(None), []
+    expected = [call(handle, 1), call(handle, 2)]
+
+    def inner() -> None:
+        condition = conditioning._stacks.conditions.pop()
+        nested.append(call(handle, 2))
+        conditioning._stacks.conditions.append(condition)
+
+    nest(handle, inner)
+    assert torch.equal(call(handle, 1), expected[0])
+    assert torch.equal(nested[0], expected[1])
+
+
+def test_a_refused_inner_call_of_the_same_unet_does_not_close_the_outer_frame() -> None:
+    handle, seen = film_unet(None), []
+    expected = call(handle, 1)
+
+    def inner() -> None:
+        with pytest.raises(ConditionError):
+            handle.unet(*inputs(2, dtype=torch.float64))
+        seen.append(len(conditioning._stacks.frames))
+
+    nest(handle, inner)
+    assert torch.equal(call(handle, 1), expected)
+    assert seen == [1]
+
+
 def test_an_exception_inside_forward_leaves_no_frame_open() -> None:
     handle = film_unet(None)
     expected = call(handle, 1)
@@ -259,7 +297,7 @@ def test_a_condition_is_taken_out_when_the_block_raises() -> None:
     handle = film_unet(None)
     with pytest.raises(KeyError), handle.condition(features=features(1, 1)):
         raise KeyError
-    assert not conditioning.is_any_in_force()
+    assert not conditioning._stacks.conditions
 
 
 def test_threads_have_conditions_of_their_own() -> None:

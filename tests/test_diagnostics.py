@@ -200,9 +200,10 @@ def test_validation_in_the_middle_of_an_accumulation_does_not_log_the_step_again
     assert [row["stage"] for row in run.rows()].count("train") == 2
 
 
-def test_recompute_in_backward_does_not_log_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recompute_in_backward_does_not_log_again(use_reentrant: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Run(tmp_path, capsys)
-    run.unet.use_reentrant = False
+    run.unet.use_reentrant = use_reentrant
     run.step(backward=True)
     assert len(run.rows()) == 2
 

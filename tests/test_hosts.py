@@ -229,7 +229,7 @@ def test_a_step_that_raises_takes_its_condition_back(tmp_path: Path) -> None:
     model = host.Model()
     with pytest.raises(TypeError):
         model.training_step(batch(), patches="two")
-    assert not conditioning.is_any_in_force()
+    assert not conditioning._stacks.conditions
 
 
 @pytest.mark.parametrize("bad", [None, [1], {"img": 1}, {"image": torch.zeros(1, 8, 8)}, (torch.zeros(1, 1, 8, 8),)])

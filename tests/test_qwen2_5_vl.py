@@ -18,10 +18,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vlmfilm_plugin.encoders import Encoder, build_encoder
-from vlmfilm_plugin.encoders import _qwen_loading as loading
-from vlmfilm_plugin.encoders.qwen2_5_vl import QwenImageEncoder, QwenTextEncoder, QwenVLMTextGenerator, image_tokens
+from vlmfilm_plugin.encoders import Encoder, build_encoder, encode_annotated
+from vlmfilm_plugin.encoders import _loading as loading
+from vlmfilm_plugin.encoders._outputs import image_tokens
+from vlmfilm_plugin.encoders.qwen2_5_vl import QwenImageEncoder, QwenTextEncoder, QwenVLMTextGenerator
 from vlmfilm_plugin.errors import EncoderError, FeatureError, SettingsError
 from vlmfilm_plugin.settings import Settings, resolve
 
@@ -70,7 +72,7 @@ def _tower(encoder: QwenImageEncoder) -> nn.Module:
 
 def test_features_equal_those_of_the_full_model(tiny_qwen: Path, images: list[Image.Image]) -> None:
     encoder = _image_encoder(tiny_qwen)
-    model: Any = loading.load_model(_settings(tiny_qwen))
+    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_qwen).eval()
     inputs = encoder.image_processor(images=images, return_tensors="pt")
     with torch.no_grad():
         output = model.get_image_features(inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"])
@@ -161,13 +163,13 @@ def test_a_truncated_weight_file_is_an_error(copy_of_tiny: Path, images: list[Im
 
 def test_threads_load_the_weights_once(tiny_qwen: Path, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[int] = []
-    real = loading.load_tower
+    real = loading.load_part
 
-    def counting(settings: Settings, config: object) -> nn.Module:
+    def counting(*arguments: Any) -> nn.Module:
         loads.append(1)
-        return real(settings, config)
+        return real(*arguments)
 
-    monkeypatch.setattr(loading, "load_tower", counting)
+    monkeypatch.setattr(loading, "load_part", counting)
     encoder, found = _image_encoder(tiny_qwen), []
     threads = [threading.Thread(target=lambda: found.append(encoder.encode(images[:2]))) for _ in range(4)]
     for thread in threads:

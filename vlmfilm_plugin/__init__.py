@@ -47,6 +47,7 @@ _HOME = {
     "hookimpl": "hookspecs",
     "running_batch": "_bootstrap",
     "to_port_layout": "checkpoint",
+    "warmup_vlm_cache": "warmup",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

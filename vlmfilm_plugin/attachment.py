@@ -5,6 +5,7 @@ Everything a hook reaches is deepcopied and pickled with the UNet, so that copie
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from vlmfilm_plugin import conditioning
 from vlmfilm_plugin.architecture import Architecture, Stage
 from vlmfilm_plugin.conditioning import Frame
 from vlmfilm_plugin.encoders.base import build_encoder
-from vlmfilm_plugin.errors import ConditionError, HostError
+from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
 from vlmfilm_plugin.film import modulate
 from vlmfilm_plugin.film_module import FilmModule
 from vlmfilm_plugin.settings import Settings, environment_layers, read_mode, resolve
@@ -34,33 +35,52 @@ DEFAULT_TARGETS: Mapping[str, str] = {"post_block2": "ups.*.1", "post_block1": "
 class _OpenFrame:
     """Forward pre-hook of the UNet."""
 
-    def __init__(self, condition: str | None, position: int | None) -> None:
-        self.condition, self.position = condition, position
+    def __init__(self, arguments: Sequence[str], condition: str | None) -> None:
+        self.arguments, self.condition = tuple(arguments), condition
 
     def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         film = getattr(unet, ATTRIBUTE)
-        x = args[0] if args else next(iter(kwargs.values()))
+        try:
+            frame = self._frame(unet, film, {**dict(zip(self.arguments, args, strict=False)), **kwargs})
+        except Exception:
+            # The closing hook runs all the same: it must close this forward's frame, not that of an outer one.
+            conditioning.push_frame(Frame(film, None))
+            raise
+        conditioning.push_frame(frame)
+
+    def _frame(self, unet: nn.Module, film: FilmModule, arguments: Mapping[str, Any]) -> Frame:
         condition = conditioning.condition_for(film)
         if condition is None and film.mode == "off":
-            conditioning.push_frame(Frame(film, None))
-            return
+            return Frame(film, None)
         if condition is None:
             raise ConditionError(
                 f"{type(unet).__name__} was called with no condition in force",
                 {"mode": film.mode, "expected": "a call inside a step method that an adapter publishes, or inside `handle.condition(...)`"},
                 "wrap the call: `with vlmfilm_plugin.running_batch(batch, phase=...):` or `with handle.condition(features=...):`",
             )
-        image = kwargs.get(self.condition) if self.condition else None
-        if image is None and self.position is not None and self.position < len(args):
-            image = args[self.position]
-        conditioning.push_frame(condition.open_frame(film, x, image))
+        name = next((name for name in self.arguments[:1] if name in arguments), next(iter(arguments)))
+        x = arguments[name]
+        return condition.open_frame(film, x, arguments.get(self.condition) if self.condition else None)
 
 
 class _CloseFrame:
-    """Forward hook of the UNet; runs when its forward raises, too."""
+    """Forward hook of the UNet; runs when its forward raises, too, then with no output."""
 
     def __call__(self, unet: nn.Module, args: Any, output: Any) -> None:
-        conditioning.pop_frame(getattr(unet, ATTRIBUTE))
+        film = getattr(unet, ATTRIBUTE)
+        frame = conditioning.pop_frame(film)
+        if frame is None or output is None or len(frame.ran) == len(film.heads):
+            return
+        idle = [stage for head, stage in enumerate(film.architecture.stages) if head not in frame.ran]
+        raise HostError(
+            f"{type(unet).__name__} ran, but FiLM did not at {len(idle)} of {len(film.heads)} decoder stages",
+            {
+                "idle": ", ".join(f"{stage.index} ({stage.path})" for stage in idle),
+                "likely": "these blocks were replaced after FiLM was attached, or the forward does not call them",
+                "expected": "every selected block runs in every forward",
+            },
+            "attach after the last change of the UNet, or select other `decoder_stages`",
+        )
 
 
 class _ModulateBlock:
@@ -72,6 +92,7 @@ class _ModulateBlock:
     def __call__(self, block: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         stage = self.film.architecture.stages[self.head]
         frame = conditioning.frame_of(self.film, stage.path)
+        frame.ran.add(self.head)
         if self.film.mode == "off":
             if frame.recorder is not None:
                 _assert_identity(output, stage, frame)
@@ -147,6 +168,10 @@ class FilmHandle:
                 {"found": "both or neither of features and images", "expected": "one of them"},
                 "pass `features=` or `images=`",
             )
+        if images is not None and not len(images):
+            raise ConditionError(
+                "cannot set a condition", {"found": "no images", "expected": "one for each row, or one for all"}, "pass at least one"
+            )
         if features is None:
             assert images is not None
             features = torch.from_numpy(self._feature_source().of_images(images))
@@ -202,14 +227,17 @@ def install(
     targets: Mapping[str, str] = DEFAULT_TARGETS,
     channels: Callable[[nn.Module], int] | None = None,
     condition: str | None = None,
-    position: int | None = None,
 ) -> FilmHandle:
     """Attach FiLM with resolved settings; `attach` and the runtime both come here.
 
     Args:
-        condition: name of the argument of `forward` that holds the condition image; `position` its place among the positional ones.
+        condition: name of the argument of `forward` that holds the condition image.
     """
     owner = type(unet).__name__
+    if feature_dim is not None and (not isinstance(feature_dim, int) or isinstance(feature_dim, bool) or feature_dim < 1):
+        raise SettingsError(
+            f"cannot attach FiLM to {owner}: bad feature_dim", {"found": repr(feature_dim), "expected": "a whole number >= 1, or None"}, "correct it"
+        )
     if hasattr(unet, ATTRIBUTE):
         raise HostError(f"cannot attach FiLM to {owner}: it has an attribute {ATTRIBUTE!r} already", {}, "call `handle.remove()` first")
     stages = _plan(unet, settings, targets, channels, owner)
@@ -228,7 +256,7 @@ def install(
         encoder=None if identity is None else dict(identity.identity.facts),
     )
     film = _build(architecture, mode, unet)
-    return FilmHandle(unet, film, settings, _mutate(unet, film, condition, position))
+    return FilmHandle(unet, film, settings, _mutate(unet, film, condition))
 
 
 def _plan(unet: nn.Module, settings: Settings, targets: Mapping[str, str], channels: Callable[[nn.Module], int] | None, owner: str) -> list[Stage]:
@@ -269,13 +297,13 @@ def _build(architecture: Architecture, mode: str, unet: nn.Module) -> FilmModule
     return film.train(unet.training)
 
 
-def _mutate(unet: nn.Module, film: FilmModule, condition: str | None, position: int | None) -> list[Callable[[], None]]:
+def _mutate(unet: nn.Module, film: FilmModule, condition: str | None) -> list[Callable[[], None]]:
     undo: list[Callable[[], None]] = []
     unet.add_module(ATTRIBUTE, film)
     undo.append(lambda: delattr(unet, ATTRIBUTE))
     modules = dict(unet.named_modules())
     handles = [
-        unet.register_forward_pre_hook(_OpenFrame(condition, position), with_kwargs=True),
+        unet.register_forward_pre_hook(_OpenFrame(list(inspect.signature(type(unet).forward).parameters)[1:], condition), with_kwargs=True),
         unet.register_forward_hook(_CloseFrame(), always_call=True),
         *(modules[stage.path].register_forward_hook(_ModulateBlock(film, head)) for head, stage in enumerate(film.architecture.stages)),
     ]

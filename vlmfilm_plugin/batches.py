@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmfilm_plugin.conditioning import Frame
 from vlmfilm_plugin.diagnostics import StageRecorder, StepFacts
 from vlmfilm_plugin.errors import ConditionError
-from vlmfilm_plugin.features import CacheStats, FeatureSource, Sample, derangement
+from vlmfilm_plugin.features import CacheStats, FeatureSource, derangement
 from vlmfilm_plugin.film_module import FilmModule
 from vlmfilm_plugin.hookspecs import RowMap, RowView
 from vlmfilm_plugin.settings import MODE_VARIABLE
@@ -45,6 +45,8 @@ class RunningBatch:
         self._recorded: set[str] = set()
         self._is_logged = runtime.diagnostics.is_logged(phase, step, batch_idx)
         self._facts: StepFacts | None = None
+
+    is_for_all = True
 
     def serves(self, film: FilmModule) -> bool:
         return True
@@ -110,22 +112,27 @@ class RunningBatch:
 
     def _look_up(self, film: FilmModule) -> Tensor:
         runtime, source = self._runtime, self._runtime.source_for(film)
+        if self.phase == "train":
+            source.enter_epoch(self.epoch)
         before = _copy(source.stats)
         samples = source.samples_of(self._batch, self.image, self._value_range, runtime.files)
         keys = [sample.key for sample in samples]
         if self.phase == "train" and not all(sample.path for sample in samples):
             runtime.warn_of_crops()
-        choice = runtime.policy_for(film).choose(keys, self.step, self.phase == "train")
+        policy, is_train = runtime.policy_for(film), self.phase == "train"
+        choice = policy.choose(keys, self.step, is_train)
         if choice.rows is None:
             features = runtime.held(film).expand(len(samples), -1)
+            used = [policy.held_key or ""] * len(samples)
         else:
             chosen = [samples[row] for row in choice.rows]
             features = torch.from_numpy(source.get(chosen))
-            if len({sample.key for sample in chosen}) == 1:
+            if is_train and policy.batch_strategy != "per_sample":
                 runtime.hold(film, features[:1].clone())
+            used = [sample.key for sample in chosen]
         permutation: list[int] | None = None
         if film.mode == "shuffle":
-            features, permutation = self._shuffle(source, samples, features)
+            features, permutation = self._shuffle(source, used, features)
         runtime.diagnostics.cache_stats(self.step, source.stats)
         self._facts = StepFacts(
             self.phase,
@@ -143,22 +150,22 @@ class RunningBatch:
         )
         return features
 
-    def _shuffle(self, source: FeatureSource, samples: list[Sample], features: Tensor) -> tuple[Tensor, list[int]]:
-        """Return features of other samples: permuted by the step alone, or, for a batch of one, another image's from the store."""
+    def _shuffle(self, source: FeatureSource, keys: list[str], features: Tensor) -> tuple[Tensor, list[int]]:
+        """Return features of other images: permuted by the step alone, or, where all rows have one image's, another's from the store."""
         step = self.step or 0
-        if len(samples) > 1:
-            permutation = derangement(len(samples), step)
+        if len(set(keys)) > 1:
+            permutation = derangement(len(keys), step)
             self._runtime.diagnostics.shuffled(self.phase, self.epoch, permutation.tolist())
             return features[permutation], permutation.tolist()
-        drawn = source.another(samples[0].key, step * 1_000_003 + (self.batch_idx or 0))
+        drawn = source.another(keys[0], step * 1_000_003 + (self.batch_idx or 0))
         if drawn is None:
             raise ConditionError(
-                "cannot shuffle a batch of one: the store holds no other image's feature",
-                {"image": samples[0].key, "store": source.store.path, "expected": "at least one other feature of this encoder"},
+                "cannot shuffle a batch of one image: the store holds no other image's feature",
+                {"image": keys[0], "store": source.store.path, "expected": "at least one other feature of this encoder"},
                 f"run {MODE_VARIABLE}=on over the data first, or use a batch size of 2 or more",
             )
-        self._runtime.diagnostics.shuffled(self.phase, self.epoch, [0], f" batch of one: {samples[0].key} is conditioned on {drawn[0]}")
-        return torch.from_numpy(drawn[1])[None], [0]
+        self._runtime.diagnostics.shuffled(self.phase, self.epoch, [0], f" batch of one image: {keys[0]} is conditioned on {drawn[0]}")
+        return torch.from_numpy(drawn[1]).expand(len(keys), -1), [0] * len(keys)
 
 
 def image_of(batch: Any) -> Tensor:

@@ -26,7 +26,7 @@ PORT_HEADS, PORT_CONDITIONER = "vlm_film_heads.", "vlm_film_conditioner."
 
 # Settings that say which features a checkpoint was trained on, and those that say what was built on top of them.
 _PORT_ENCODER_SETTINGS = ("model_name", "use_text_prompt_cond", "prompt_template", "max_new_tokens", "pool")
-_ENCODER_SETTINGS = ("encoder", "revision", "min_pixels", "max_pixels", *_PORT_ENCODER_SETTINGS)
+_ENCODER_SETTINGS = ("encoder", "revision", "min_pixels", "max_pixels", "prompt_templates", "questionnaire", *_PORT_ENCODER_SETTINGS)
 
 
 @dataclass(frozen=True)

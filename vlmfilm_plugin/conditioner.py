@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from vlmfilm_plugin.cache_key import cache_keys
 from vlmfilm_plugin.diagnostics import permutation_hash, statistics
 from vlmfilm_plugin.errors import ConditionError, FeatureError
-from vlmfilm_plugin.features import FeatureSource, Sample, derangement
+from vlmfilm_plugin.features import FeatureSource, derangement
 from vlmfilm_plugin.film import ImageToConditionVector, TextToConditionVector, modulate
-from vlmfilm_plugin.images import from_tensor
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.policy import ConditionPolicy
 from vlmfilm_plugin.settings import read_mode, resolve
@@ -69,9 +68,10 @@ class VLMConditioner(nn.Module):
         if not enabled:
             return
         self._source = FeatureSource.from_settings(self.settings)
-        self._policy = ConditionPolicy(batch_strategy, reuse_policy, update_interval_steps_train)
         self._prompted: dict[str, FeatureSource] = {}
-        self._held: Tensor | None = None
+        # By prompt: what is held for one prompt says nothing of another.
+        self._policies: dict[str | None, ConditionPolicy] = {}
+        self._held: dict[str | None, Tensor] = {}
         feature_dim = self._source.encoder.feature_dim
         if use_text_prompt_cond:
             self.text_to_cond = TextToConditionVector(feature_dim, cond_dim, text_mlp_hidden_dim)
@@ -110,15 +110,17 @@ class VLMConditioner(nn.Module):
             facts = {"shape": tuple(image.shape), "expected": "(B, C, H, W)"}
             raise ConditionError("cannot condition on this tensor", facts, "add the batch dimension")
         keys, key_source = self._keys(image, image_id, batch)
-        choice = self._policy.choose(keys, global_step, is_train)
-        source = self._source_for(prompt)
+        s, source = self.settings, self._source_for(prompt)
+        policy = self._policies.setdefault(prompt, ConditionPolicy(s.batch_strategy, s.reuse_policy, s.update_interval_steps_train))
+        choice = policy.choose(keys, global_step, is_train)
         if choice.rows is None:
-            assert self._held is not None
-            features = self._held.expand(len(keys), -1)
+            features = self._held[prompt].expand(len(keys), -1)
         else:
-            samples = [Sample(keys[row], None, lambda row=row: from_tensor(image[row], self.value_range)) for row in choice.rows]  # type: ignore[misc]
-            features = torch.from_numpy(source.get(samples))
-            self._held = features[:1].clone()
+            # By file where one is found, else by content: a crop's feature is never kept under its file's name.
+            samples = source.samples_of(batch, image, self.value_range)
+            features = torch.from_numpy(source.get([samples[row] for row in choice.rows]))
+            if is_train:
+                self._held[prompt] = features[:1].clone()
         projection = self.text_to_cond if self.settings.use_text_prompt_cond else self.image_to_cond
         cond_vec = projection(features.to(next(projection.parameters()).device))
         if self.settings.verbose_debug:
@@ -191,7 +193,7 @@ def apply_vlm_film(
     permutation: list[int] | None = None
     if mode == "shuffle":
         permutation = _permutation(x.shape[0], step if step is not None else getattr(module, "global_step", None))
-        film_logger().info("[FILM-SHUFFLE] perm_first10=%s", permutation[:10])
+        _report_shuffle(permutation, module)
         cond_vec = cond_vec[permutation]
     if mode == "off":
         gamma, beta = x.new_ones(x.shape[0], x.shape[1], 1, 1), x.new_zeros(x.shape[0], x.shape[1], 1, 1)
@@ -231,6 +233,18 @@ def _head_of(heads: nn.ModuleList | None, stage_idx: int, module: Any) -> nn.Mod
             "correct `vlm_film_decoder_stages`",
         )
     return heads[order.index(stage_idx)]
+
+
+# The epoch whose permutation was reported last; by the model's class, since a model need not be hashable.
+_reported_epochs: dict[type, object] = {}
+
+
+def _report_shuffle(permutation: list[int], module: Any) -> None:
+    """Write `[FILM-SHUFFLE]` once an epoch."""
+    epoch = getattr(module, "current_epoch", None)
+    if _reported_epochs.get(type(module), _reported_epochs) != epoch:
+        _reported_epochs[type(module)] = epoch
+        film_logger().info("[FILM-SHUFFLE] perm_first10=%s", permutation[:10])
 
 
 def _permutation(rows: int, step: int | None) -> list[int]:

@@ -50,6 +50,7 @@ class Frame:
         shared: what was computed for the samples: kept for a whole batch in evaluation, for one forward in training, never where None.
         own: the same for the rows.
         recorder: takes statistics, on logged steps only.
+        ran: heads whose blocks have run.
     """
 
     film: FilmModule
@@ -58,6 +59,7 @@ class Frame:
     shared: dict[Any, Any] | None = field(default_factory=dict)
     own: dict[Any, Any] | None = field(default_factory=dict)
     recorder: Recorder | None = None
+    ran: set[int] = field(default_factory=set)
 
     def cond_vec(self) -> Tensor:
         """Return the condition vectors of the samples (S, D)."""
@@ -89,6 +91,10 @@ class Frame:
 class Condition(Protocol):
     """What is in force around UNet forwards."""
 
+    @property
+    def is_for_all(self) -> bool:
+        """Tell whether this condition is a published batch, meant for every UNet, rather than one UNet's own."""
+
     def serves(self, film: FilmModule) -> bool:
         """Tell whether this condition is meant for the UNet that holds `film`."""
 
@@ -112,30 +118,41 @@ def in_force(condition: Condition) -> Iterator[None]:
     try:
         yield
     finally:
-        _stacks.conditions.remove(condition)
+        _remove_last(_stacks.conditions, condition)
+
+
+def _remove_last(stack: list[Any], item: object) -> None:
+    # By identity: a condition may hold tensors, which do not compare.
+    for position in range(len(stack) - 1, -1, -1):
+        if stack[position] is item:
+            del stack[position]
+            return
 
 
 def condition_for(film: FilmModule) -> Condition | None:
-    """Return the innermost condition in force for the UNet that holds `film`."""
-    return next((condition for condition in reversed(_stacks.conditions) if condition.serves(film)), None)
+    """Return the innermost condition in force for the UNet that holds `film`; one of its own wins over a published batch."""
+    serving = [condition for condition in reversed(_stacks.conditions) if condition.serves(film)]
+    return next((condition for condition in serving if not condition.is_for_all), serving[0] if serving else None)
 
 
-def is_any_in_force() -> bool:
-    """Tell whether any condition is in force on this thread."""
-    return bool(_stacks.conditions)
+def is_batch_in_force() -> bool:
+    """Tell whether a whole batch is published on this thread: a condition that serves every UNet."""
+    return any(condition.is_for_all for condition in _stacks.conditions)
 
 
 def push_frame(frame: Frame) -> None:
-    """Open a frame; `pop_frame` with the same frame closes it."""
+    """Open a frame; `pop_frame` of the same UNet closes it."""
     _stacks.frames.append(frame)
 
 
-def pop_frame(film: FilmModule) -> None:
-    """Close the innermost frame of `film`; nothing happens where none is open."""
+def pop_frame(film: FilmModule) -> Frame | None:
+    """Close the innermost frame of `film` and return it; nothing happens where none is open."""
     for position in range(len(_stacks.frames) - 1, -1, -1):
         if _stacks.frames[position].film is film:
+            frame = _stacks.frames[position]
             del _stacks.frames[position:]
-            return
+            return frame
+    return None
 
 
 def frame_of(film: FilmModule, path: str) -> Frame:

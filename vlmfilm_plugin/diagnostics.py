@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,7 +84,7 @@ class Diagnostics:
         self._every = {"train": settings.film_log_every_n_steps_train}
         self._every_other = settings.film_log_every_n_steps_val
         self._stats_every = settings.vlm_cache_stats_every_n_steps if settings.vlm_cache_stats_enabled else None
-        self._logged_step: tuple[str, int | None, int | None] | None = None
+        self._logged_step: int | None = None
         self._shuffled: tuple[str, int | None] | None = None
         self._stats_step: int | None = None
         self._constant: dict[int, int] = {}
@@ -94,10 +95,9 @@ class Diagnostics:
         count = step if phase == "train" else batch_idx
         if count is None or count % self._every.get(phase, self._every_other):
             return False
-        now = (phase, step, None if phase == "train" else batch_idx)
-        if phase == "train" and now == self._logged_step:
-            return False
-        self._logged_step = now
+        if phase == "train":
+            is_repeated, self._logged_step = step == self._logged_step, step
+            return not is_repeated
         return True
 
     def enter_phase(self, phase: str) -> None:
@@ -220,4 +220,9 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _json(row: dict[str, Any]) -> str:
-    return json.dumps({name: round(value, 8) if isinstance(value, float) else value for name, value in row.items()})
+    return json.dumps({name: _number(value) if isinstance(value, float) else value for name, value in row.items()})
+
+
+def _number(value: float) -> float | str:
+    # JSON has no NaN and no infinity; a diverged run must stay readable.
+    return round(value, 8) if math.isfinite(value) else str(value)

@@ -25,14 +25,21 @@ from vlmfilm_plugin.store_file import FILE_NAME, StoreFile, transaction
 if TYPE_CHECKING:
     from vlmfilm_plugin.encoders.base import Identity
 
+Row = tuple[Any, ...]
+
 logger = logging.getLogger("vlmfilm.store")
 
 _KEYS_PER_SELECT = 500  # SQLite's old limit is 999 variables a statement
 _DTYPES = {"float16": "<f2", "float32": "<f4"}
-_UPSERT = "INSERT OR REPLACE INTO features VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+# Every column of a row but its namespace, in the order of `Row`.
+COLUMNS = "key, source_size, source_mtime_ns, source_digest, dtype, width, data, checksum, created, note"
+UPSERT = f"INSERT OR REPLACE INTO features (namespace, {COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+NAMESPACE = "INSERT OR IGNORE INTO namespaces (fingerprint, facts, created) VALUES (?, ?, ?)"
+# By fingerprint each time: ids are used again after a prune, so a remembered one might be another encoder's.
+_SELECT = f"SELECT {COLUMNS} FROM features WHERE namespace = (SELECT id FROM namespaces WHERE fingerprint = ?) AND key IN "
 
 # The width of a namespace is that of any sound row; a damaged one must not stop its own repair.
-_WIDTH = "SELECT width FROM features WHERE namespace = ? AND length(data) = width * CASE dtype WHEN 'float16' THEN 2 ELSE 4 END LIMIT 1"
+WIDTH = "SELECT width FROM features WHERE namespace = ? AND length(data) = width * CASE dtype WHEN 'float16' THEN 2 ELSE 4 END LIMIT 1"
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,12 @@ class SourceStamp:
 
 @dataclass(frozen=True, eq=False)
 class StoredFeature:
-    """A feature (F,), its cache key, and the stamp of its source file, or None where it came from a tensor."""
+    """A feature (F,), its cache key, the stamp of its source file (None where it came from a tensor), and what the encoder said of the image."""
 
     key: str
     feature: np.ndarray[Any, Any]
     stamp: SourceStamp | None = None
+    note: str | None = None
 
 
 class FeatureStore:
@@ -89,7 +97,6 @@ class FeatureStore:
             raise StoreError("cannot open the feature store: unknown dtype", facts, "set `embedding_dtype` to float16")
         self.path = Path(cache_dir) / FILE_NAME
         self.embedding_dtype = embedding_dtype
-        self._namespaces: dict[str, int] = {}
         self._file = StoreFile(self.path, timeout_s)
 
     def __enter__(self) -> FeatureStore:
@@ -113,21 +120,16 @@ class FeatureStore:
         """
         found: dict[str, StoredFeature] = {}
         wanted = list(dict.fromkeys(keys))
+        fingerprint = identity.fingerprint
         with self._file.use("read") as connection:
-            namespace = self._namespace(connection, identity)
-            for start in range(0, len(wanted) if namespace is not None else 0, _KEYS_PER_SELECT):
-                raw = {_to_bytes(key): key for key in wanted[start : start + _KEYS_PER_SELECT]}
-                statement = (
-                    "SELECT key, source_size, source_mtime_ns, source_digest, dtype, width, data, checksum FROM features"
-                    f" WHERE namespace = ? AND key IN ({','.join('?' * len(raw))})"
-                )
-                for row in connection.execute(statement, (namespace, *raw)):
-                    feature = _decode(row)
+            for start in range(0, len(wanted), _KEYS_PER_SELECT):
+                raw = {key_to_bytes(key): key for key in wanted[start : start + _KEYS_PER_SELECT]}
+                for row in connection.execute(f"{_SELECT}({','.join('?' * len(raw))})", (fingerprint, *raw)):
+                    feature = decode(row)
                     if feature is None:
                         logger.warning("[VLM] damaged feature left out: key %r in %s", raw[row[0]], self.path)
                         continue
-                    stamp = SourceStamp(row[1], row[2], row[3]) if row[3] is not None else None
-                    found[raw[row[0]]] = StoredFeature(raw[row[0]], feature, stamp)
+                    found[raw[row[0]]] = StoredFeature(raw[row[0]], feature, stamp_of(row), row[9])
         return found
 
     def write(self, identity: Identity, rows: Iterable[StoredFeature]) -> None:
@@ -141,41 +143,27 @@ class FeatureStore:
         if not encoded:
             return
         with self._file.use("write") as connection, transaction(connection):
-            connection.execute(
-                "INSERT OR IGNORE INTO namespaces (fingerprint, facts, created) VALUES (?, ?, ?)",
-                (identity.fingerprint, json.dumps(dict(identity.facts), sort_keys=True, default=str), time.time()),
-            )
-            (namespace,) = connection.execute("SELECT id FROM namespaces WHERE fingerprint = ?", (identity.fingerprint,)).fetchone()
-            stored = connection.execute(_WIDTH, (namespace,)).fetchone()
-            _check_widths(encoded, stored[0] if stored else encoded[0][5])
-            connection.executemany(_UPSERT, [(namespace, *values) for values in encoded])
+            facts = json.dumps(dict(identity.facts), sort_keys=True, default=str)
+            insert_rows(connection, identity.fingerprint, facts, encoded)
 
     def keys(self, identity: Identity) -> list[str]:
         """Return the keys stored for an identity, sorted."""
         with self._file.use("read") as connection:
-            rows = connection.execute("SELECT key FROM features WHERE namespace = ?", (self._namespace(connection, identity),)).fetchall()
-        return sorted(_to_text(key) for (key,) in rows)
+            statement = "SELECT key FROM features WHERE namespace = (SELECT id FROM namespaces WHERE fingerprint = ?)"
+            rows = connection.execute(statement, (identity.fingerprint,)).fetchall()
+        return sorted(key_to_text(key) for (key,) in rows)
 
     def count(self, identity: Identity) -> int:
         """Return how many features are stored for an identity."""
         with self._file.use("read") as connection:
-            statement = "SELECT count(*) FROM features WHERE namespace = ?"
-            return int(connection.execute(statement, (self._namespace(connection, identity),)).fetchone()[0])
+            statement = "SELECT count(*) FROM features WHERE namespace = (SELECT id FROM namespaces WHERE fingerprint = ?)"
+            return int(connection.execute(statement, (identity.fingerprint,)).fetchone()[0])
 
     def close(self) -> None:
         """Close this process's connections; doing it twice is fine."""
         self._file.close()
 
-    def _namespace(self, connection: sqlite3.Connection, identity: Identity) -> int | None:
-        fingerprint = identity.fingerprint
-        if fingerprint not in self._namespaces:
-            row = connection.execute("SELECT id FROM namespaces WHERE fingerprint = ?", (fingerprint,)).fetchone()
-            if row is None:
-                return None
-            self._namespaces[fingerprint] = row[0]
-        return self._namespaces[fingerprint]
-
-    def _encode(self, row: StoredFeature) -> tuple[Any, ...]:
+    def _encode(self, row: StoredFeature) -> Row:
         given = np.asarray(row.feature)
         if given.ndim != 1 or given.size == 0:
             raise FeatureError("cannot store a feature of this shape", {"key": repr(row.key), "found": given.shape, "expected": "(F,)"})
@@ -187,33 +175,65 @@ class FeatureStore:
         if not np.isfinite(kept).all():
             facts = {"key": repr(row.key), "found": f"largest magnitude {np.abs(given).max():g}", "expected": f"what {self.embedding_dtype} can hold"}
             raise FeatureError(f"cannot store a feature as {self.embedding_dtype}: too large", facts, "set `embedding_dtype` to float32")
-        key, data = _to_bytes(row.key), kept.tobytes()
+        # SQLite's text has no lone surrogates; a note is for people to read.
+        note = None if row.note is None else row.note.encode("utf-8", "replace").decode()
+        key, data = key_to_bytes(row.key), kept.tobytes()
         stamp = (row.stamp.size, row.stamp.mtime_ns, row.stamp.digest) if row.stamp else (None, None, None)
-        return (key, *stamp, self.embedding_dtype, kept.size, data, _checksum(key, data), time.time())
+        return (key, *stamp, self.embedding_dtype, kept.size, data, checksum(key, data, note), time.time(), note)
 
 
-def _check_widths(encoded: Sequence[tuple[Any, ...]], expected: int) -> None:
-    for values in encoded:
-        if values[5] != expected:
-            facts = {"key": repr(_to_text(values[0])), "found": f"({values[5]},)", "expected": f"({expected},)"}
-            raise FeatureError("cannot store features of different widths in one namespace", facts, "store the features of one encoder only")
+def insert_rows(connection: sqlite3.Connection, fingerprint: str, facts: str, rows: Sequence[Row]) -> None:
+    """Insert or replace rows of one namespace, which is made when missing; the caller holds the transaction.
+
+    Raises:
+        FeatureError: the widths differ from each other, or from those in the namespace.
+    """
+    connection.execute(NAMESPACE, (fingerprint, facts, time.time()))
+    (namespace,) = connection.execute("SELECT id FROM namespaces WHERE fingerprint = ?", (fingerprint,)).fetchone()
+    stored = connection.execute(WIDTH, (namespace,)).fetchone()
+    expected = stored[0] if stored else rows[0][5]
+    for row in rows:
+        if row[5] != expected:
+            found = {"key": repr(key_to_text(row[0])), "found": f"({row[5]},)", "expected": f"({expected},)"}
+            raise FeatureError("cannot store features of different widths in one namespace", found, "store the features of one encoder only")
+    connection.executemany(UPSERT, [(namespace, *row) for row in rows])
 
 
-def _decode(row: tuple[Any, ...]) -> np.ndarray[Any, Any] | None:
-    key, _, _, _, dtype, width, data, checksum = row
-    if dtype not in _DTYPES or not isinstance(data, bytes) or _checksum(key, data) != checksum:
+def decode(row: Row) -> np.ndarray[Any, Any] | None:
+    """Return the feature (F,) float32 of a row, or None where the row is damaged."""
+    key, dtype, width, data, note = row[0], row[4], row[5], row[6], row[9]
+    if not (isinstance(key, bytes) and isinstance(data, bytes) and isinstance(note, str | None)):
+        return None
+    if dtype not in _DTYPES or checksum(key, data, note) != row[7]:
         return None
     feature = np.frombuffer(data, dtype=_DTYPES[dtype]) if len(data) % np.dtype(_DTYPES[dtype]).itemsize == 0 else np.empty(0)
     return feature.astype(np.float32) if feature.size == width else None
 
 
-def _checksum(key: bytes, data: bytes) -> int:
-    return zlib.crc32(data, zlib.crc32(key))
+def stamp_of(row: Row) -> SourceStamp | None:
+    """Return the stamp of a row's source file, or None where it came from a tensor."""
+    return SourceStamp(row[1], row[2], row[3]) if row[3] is not None else None
 
 
-def _to_bytes(key: str) -> bytes:
+def checksum(key: bytes, data: bytes, note: str | None) -> int:
+    """Return the CRC-32 of key, data and note."""
+    crc = zlib.crc32(data, zlib.crc32(key))
+    return crc if note is None else zlib.crc32(note.encode(), crc)
+
+
+def is_facts_of(facts: str, fingerprint: str) -> bool:
+    """Tell whether facts as they are stored give this fingerprint (`Identity.fingerprint`)."""
+    return fingerprint.rsplit("-", 1)[-1] == hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
+
+
+def key_to_bytes(key: str) -> bytes:
+    """Return a key as it is stored."""
     return key.encode("utf-8", "surrogatepass")
 
 
-def _to_text(key: bytes) -> str:
-    return key.decode("utf-8", "surrogatepass")
+def key_to_text(key: bytes) -> str:
+    """Return a stored key as text; a damaged one legibly."""
+    try:
+        return key.decode("utf-8", "surrogatepass")
+    except (UnicodeDecodeError, AttributeError):
+        return key.decode("utf-8", "backslashreplace") if isinstance(key, bytes) else repr(key)

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,8 @@ class FeatureSource:
         self.on_missing, self.dataset_root = on_missing, dataset_root
         self.stats = CacheStats()
         self._announced: set[str] = set()
+        self._epoch: int | None = None
+        self._missed_before_epoch = 0
         self._settings: Settings | None = None
         self._memory: OrderedDict[str, StoredFeature] = OrderedDict()
         self._lock = threading.RLock()
@@ -170,6 +172,31 @@ class FeatureSource:
             self.stats.disk_hit += sum(sample.key not in in_memory and sample.key not in missed for sample in samples)
             return np.stack([np.asarray(found[sample.key].feature, dtype=np.float32) for sample in samples])
 
+    def find(self, samples: Sequence[Sample]) -> set[str]:
+        """Return the keys of the samples whose features the store holds, made from the files of now; nothing is kept in memory.
+
+        Raises:
+            ImageReadError: the file of a stored feature cannot be read.
+        """
+        wanted = {sample.key: sample for sample in samples}
+        stored = self.store.read(self.encoder.identity, list(wanted))
+        width = (self.encoder.feature_dim,)
+        return {key for key, row in stored.items() if row.feature.shape == width and _current(row, wanted[key]) is not None}
+
+    def enter_epoch(self, epoch: int | None) -> None:
+        """Note that a training batch of `epoch` begins: after an epoch without a miss, validation included, the encoder leaves memory.
+
+        A later miss loads it again. Does nothing where the host has no epochs (None).
+        """
+        with self._lock:
+            if epoch is None or epoch == self._epoch:
+                return
+            if self._epoch is not None and self.stats.miss == self._missed_before_epoch and self.encoder.is_loaded:
+                self.encoder.release()
+                name = self.encoder.identity.facts.get("encoder", "encoder")
+                film_logger().info("[VLM] encoder released: %s; epoch %d needed no encoding", name, self._epoch)
+            self._epoch, self._missed_before_epoch = epoch, self.stats.miss
+
     def of_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
         """Return the features (N, F) of PIL images, paths or arrays, keyed by their pixels."""
         pictures = [from_array(image) for image in images]
@@ -218,24 +245,35 @@ class FeatureSource:
             raise MissingFeatureError(
                 "cannot condition this batch: features are missing from the store",
                 {"missing": ", ".join(sample.key for sample in samples[:5]) + (" ..." if len(samples) > 5 else ""), "store": self.store.path},
-                "encode them first, or set `on_missing_feature` to encode",
+                "encode them first (vlmfilm warmup), or set `on_missing_feature` to encode",
             )
         # Stamp before reading: a file replaced in between is then noticed at the next look.
         stamps = [None if sample.path is None else SourceStamp.of(sample.path) for sample in samples]
-        pictures = [sample.load() for sample in samples]
+        rows = self.encode(samples, stamps, [sample.load() for sample in samples])
+        self._remember(rows)
+        return {row.key: row for row in rows}
+
+    def encode(self, samples: Sequence[Sample], stamps: Sequence[SourceStamp | None], pictures: Sequence[Image]) -> list[StoredFeature]:
+        """Encode pictures that were read already and store their features in one transaction; nothing is looked up.
+
+        Args:
+            stamps: of each sample's file, taken before it was read; None where it has no file.
+
+        Returns:
+            One row a sample, its feature (F,) as the store reads it back.
+        """
         # The host may be in inference mode (validation) and has its own random stream: neither may reach the encoder.
         cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=cuda):
-            features = self.encoder.encode(pictures)
+            features, given = encode_annotated(self.encoder, pictures)
         check_features(features, self.encoder.feature_dim, [sample.key for sample in samples])
         arrays = features.detach().to("cpu", torch.float32).numpy()
-        rows = [StoredFeature(sample.key, array, stamp) for sample, array, stamp in zip(samples, arrays, stamps, strict=True)]
+        notes: Sequence[str | None] = given if given is not None else [None] * len(samples)
+        rows = [StoredFeature(sample.key, array, stamp, note) for sample, array, stamp, note in zip(samples, arrays, stamps, notes, strict=True)]
         self.store.write(self.encoder.identity, rows)
         # What the store rounds (float16) is rounded from the first use on, so that a run is the same with a full and an empty store.
         dtype = np.dtype(self.store.embedding_dtype)
-        rows = [StoredFeature(row.key, row.feature.astype(dtype), row.stamp) for row in rows]
-        self._remember(rows)
-        return {row.key: row for row in rows}
+        return [replace(row, feature=row.feature.astype(dtype)) for row in rows]
 
     def _remember(self, rows: Iterable[StoredFeature]) -> None:
         for row in rows:
@@ -245,17 +283,28 @@ class FeatureSource:
             self._memory.popitem(last=False)
 
 
+def encode_annotated(encoder: Encoder, images: Sequence[Image]) -> tuple[Tensor, list[str] | None]:
+    """Return features (N, F) and, from an encoder that writes text about an image, one note an image."""
+    annotated = getattr(encoder, "encode_annotated", None)
+    result: tuple[Tensor, list[str] | None] = (encoder.encode(images), None) if annotated is None else annotated(images)
+    return result
+
+
 def _current(stored: StoredFeature, sample: Sample) -> StoredFeature | None:
     """Return the stored feature when it was made from the file the sample names (by size and time, else by content), else None."""
     if sample.path is None or stored.stamp is None:
         return stored if sample.path is None and stored.stamp is None else None
-    status = sample.path.stat()
+    try:
+        status = sample.path.stat()
+    except OSError:
+        SourceStamp.of(sample.path)  # raises with the path and a fix
+        raise
     if (status.st_size, status.st_mtime_ns) == (stored.stamp.size, stored.stamp.mtime_ns):
         return stored
     if status.st_size != stored.stamp.size or (now := SourceStamp.of(sample.path)).digest != stored.stamp.digest:
         return None
     # A copied data set: same bytes, other time. Remember the new time, or every step would read the file again.
-    return StoredFeature(stored.key, stored.feature, now)
+    return replace(stored, stamp=now)
 
 
 def check_features(features: Tensor, feature_dim: int, keys: Sequence[str] | None = None) -> None:
@@ -279,13 +328,13 @@ def check_features(features: Tensor, feature_dim: int, keys: Sequence[str] | Non
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class ExplicitCondition:
     """The condition that a caller gives by hand: features (B, F), for every UNet of one family (a UNet and its copies)."""
 
     family: str
     features: Tensor
-    _frames: dict[Any, Tensor] = field(default_factory=dict)
+    is_for_all: bool = False
 
     def serves(self, film: FilmModule) -> bool:
         return film.family == self.family

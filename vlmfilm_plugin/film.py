@@ -82,12 +82,11 @@ class ImageToConditionVector(nn.Module):
         self.ln = nn.LayerNorm(cond_dim) if use_layernorm else nn.Identity()
 
     def forward(self, feature: Tensor) -> Tensor:
-        if not isinstance(self.proj, nn.LazyLinear):
-            _check_width(feature, self.proj.in_features, "feature", "ImageToConditionVector")
+        # A LazyLinear takes its width from this very feature, which must be (B, F) all the same.
+        is_lazy = isinstance(self.proj, nn.LazyLinear)
+        _check_width(feature, feature.shape[-1] if is_lazy and feature.dim() else self.proj.in_features, "feature", "ImageToConditionVector")
         with full_precision(feature):
-            if not isinstance(self.proj, nn.LazyLinear):
-                feature = feature.to(self.proj.weight.dtype)
-            cond_vec: Tensor = self.ln(self.proj(feature))
+            cond_vec: Tensor = self.ln(self.proj(feature.to(self.proj.weight.dtype)))
         return cond_vec
 
 

@@ -71,7 +71,9 @@ class FilmModule(nn.Module):
                 "FiLM starts as the identity, which equals the baseline until it is trained"
             )
         for name, value in self.state_dict().items():
-            state_dict[prefix + name] = value
+            # These heads may have been trained before: the last layer at zero is what makes a head the identity.
+            is_last_layer = name.startswith("heads.") and ".mlp.2." in name
+            state_dict[prefix + name] = torch.zeros_like(value) if is_last_layer else value
 
 
 def film_modules(model: nn.Module) -> list[FilmModule]:

@@ -144,9 +144,49 @@ class HostSpec:
     recompute: Sequence[str] = field(default=())
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceImage:
+    """One image of a data set, as a batch of it alone would name it.
+
+    Attributes:
+        path: the untouched file.
+        split: `train`, `val` or `test`.
+        fields: what a batch of this one image holds beside it, the source of its cache key: `{"name": ["train/image/0001.png"]}`.
+    """
+
+    path: str
+    split: str
+    fields: Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """What a host's configuration says before a run: its images and its settings. Return it from `vlmfilm_listing`.
+
+    Attributes:
+        host: the host's name in messages.
+        images: of the wanted splits.
+        settings: FiLM settings in the configuration, as `Config.read` would return them.
+        resume: the checkpoint that the run will resume from, or None.
+    """
+
+    host: str
+    images: Sequence[SourceImage]
+    settings: Mapping[str, object] = field(default_factory=dict)
+    resume: str | None = None
+
+
 @hookspec
 def vlmfilm_host(module: ModuleType) -> HostSpec | None:
     """Describe `module` when it is part of your host, judged by its structure, else return None.
 
     Called once for each host module named in the entry-point group `vlmfilm.hosts`, when its import has finished.
+    """
+
+
+@hookspec
+def vlmfilm_listing(config: Mapping[str, Any], splits: Sequence[str]) -> Listing | None:
+    """List the source images of `splits` when `config` is a configuration of your host, judged by its structure, else return None.
+
+    Optional; `vlmfilm warmup --config` needs it. Relative paths are relative to the working directory. No host module is imported.
     """

@@ -50,13 +50,15 @@ class AdapterRegistry:
         """
         if self._manager.is_registered(adapter):
             return
-        self._manager.register(adapter)
         try:
+            self._manager.register(adapter)
             self._manager.check_pending()
             if not self._manager.get_hookcallers(adapter):
                 raise pluggy.PluginValidationError(adapter, "it implements no hook")
         except pluggy.PluginValidationError as error:
-            self._manager.unregister(adapter)
+            # pluggy keeps a plugin that it has just found invalid.
+            if self._manager.is_registered(adapter):
+                self._manager.unregister(adapter)
             raise HostError(
                 f"cannot use adapter {getattr(adapter, '__name__', adapter)!r}",
                 {"found": error, "expected": "a function `vlmfilm_host(module)` marked with `vlmfilm_plugin.hookimpl`"},

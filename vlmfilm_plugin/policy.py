@@ -24,20 +24,22 @@ class ConditionPolicy:
 
     def __init__(self, batch_strategy: str = "per_sample", reuse_policy: str = "step_interval", train_interval: int = 100) -> None:
         self.batch_strategy, self.reuse_policy, self.train_interval = batch_strategy, reuse_policy, train_interval
+        self._calls = 0
         self._held_step: int | None = None
-        self._held_key: str | None = None
+        self.held_key: str | None = None
 
     def choose(self, keys: Sequence[str], step: int | None, is_train: bool) -> Choice:
         """Return the choice for a batch with these cache keys, at this step."""
         if self.batch_strategy == "per_sample" or not is_train:
             return Choice(range(len(keys)))
-        row = random.Random(step).randrange(len(keys)) if self.batch_strategy == "random" else 0
+        self._calls += 1
+        row = random.Random(self._calls if step is None else step).randrange(len(keys)) if self.batch_strategy == "random" else 0
         if self._is_held(keys[row], step):
             return Choice(None)
-        self._held_step, self._held_key = step, keys[row]
+        self._held_step, self.held_key = step, keys[row]
         return Choice([row] * len(keys))
 
     def _is_held(self, key: str, step: int | None) -> bool:
         if self.reuse_policy == "image_id":
-            return self._held_key == key
+            return self.held_key == key
         return self._held_step is not None and step is not None and 0 <= step - self._held_step < self.train_interval

@@ -5,7 +5,6 @@ Holds mode, settings, feature sources and diagnostics. Adapters describe, `hosts
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,10 +106,8 @@ class Runtime:
         """Attach FiLM to a UNet whose `__init__` has just returned; None where it has it already (a subclass of a patched class)."""
         if hasattr(unet, ATTRIBUTE):
             return None
-        names = list(inspect.signature(spec.cls.forward).parameters)[1:]  # type: ignore[attr-defined]
-        position = names.index(spec.condition) if spec.condition in names else None
         settings = self.settings
-        handle = install(unet, settings, self.mode, targets=spec.targets, channels=spec.channels, condition=spec.condition, position=position)
+        handle = install(unet, settings, self.mode, targets=spec.targets, channels=spec.channels, condition=spec.condition)
         self.attached += 1
         stages = ", ".join(f"{stage.index} ({stage.path}, {stage.channels})" for stage in handle.stages)
         film_logger().info(
@@ -169,9 +166,9 @@ class Runtime:
     ) -> Iterator[None]:
         """Publish the running batch: UNet forwards inside the block are conditioned on its images.
 
-        A condition that is in force already wins: a caller's own, or that of an outer step.
+        A batch that is published already wins: a caller's own, or that of an outer step.
         """
-        if conditioning.is_any_in_force():
+        if conditioning.is_batch_in_force():
             yield
             return
         if phase not in PHASES:

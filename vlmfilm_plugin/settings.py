@@ -6,6 +6,7 @@ Order, weakest first: default, preset, checkpoint's encoder, the host's own conf
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -73,6 +74,8 @@ class Settings:
     max_patches_per_batch: int = _setting(16384, "int", low=1)
     use_text_prompt_cond: bool = _setting(False, "bool")
     prompt_template: str | None = _setting(None, "str", optional=True)
+    prompt_templates: tuple[str, ...] | None = _setting(None, "texts", optional=True)
+    questionnaire: str = _setting("angiography", "str")
     max_new_tokens: int = _setting(48, "int", low=1)
     pool: str = _setting("mean", "str", choices=("mean", "last"))
     # features and their store
@@ -119,8 +122,13 @@ class Settings:
 
     @property
     def prompt(self) -> str:
-        """Return the prompt of text mode."""
-        return self.prompt_template or DEFAULT_PROMPT
+        """Return the prompt of text mode, the first where there are several."""
+        return self.prompts[0]
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Return the prompts of text mode, in the order of their embeddings; one or more."""
+        return self.prompt_templates or (self.prompt_template or DEFAULT_PROMPT,)
 
 
 _FIELDS = {item.name: item for item in fields(Settings) if "kind" in item.metadata}
@@ -150,10 +158,11 @@ def resolve(layers: Iterable[Layer], base_dir: str | Path | None = None) -> Sett
         if name not in values:
             values[name], origins[name] = raw, f"preset {preset}"
     root = Path(base_dir or Path.cwd())
-    for name in ("cache_dir", "dataset_root"):
+    for name in ("cache_dir", "dataset_root", "questionnaire"):
         value = values.get(name, _FIELDS[name].default)
-        if value is not None:
-            values[name] = str(root / Path(str(value)).expanduser())
+        # A questionnaire is a path only where it says so; otherwise it names a shipped one.
+        if value is not None and (name != "questionnaire" or str(value).endswith((".yaml", ".yml"))):
+            values[name] = str(root / _expand(str(value), name, origins.get(name, "default")))
     return Settings(**values, origins=origins)  # type: ignore[arg-type]
 
 
@@ -164,8 +173,9 @@ def environment_layers(environ: Mapping[str, str], base_dir: str | Path | None =
         SettingsError: the file cannot be read, or is not a mapping.
     """
     layers: list[Layer] = []
-    if path := environ.get(CONFIG_VARIABLE):
-        layers.append((path, _read_yaml(Path(base_dir or Path.cwd()) / Path(path).expanduser())))
+    if CONFIG_VARIABLE in environ:
+        path = environ[CONFIG_VARIABLE]
+        layers.append((path, _read_yaml(Path(base_dir or Path.cwd()) / _expand(path, CONFIG_VARIABLE, "environment"))))
     for variable in sorted(environ):
         if variable.startswith(PREFIX) and variable not in _NOT_SETTINGS:
             layers.append(("environment", {variable: _EnvText(environ[variable])}))
@@ -181,7 +191,7 @@ def _read_yaml(path: Path) -> Mapping[str, object]:
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or an impossible date or number
         raise SettingsError(
             f"cannot read the file of {CONFIG_VARIABLE}", {"file": path, "error": " ".join(str(error).split())}, "give the path of a YAML file"
         ) from error
@@ -221,11 +231,20 @@ def _coerce(name: str, raw: object, origin: str) -> object:
         raise _bad(name, raw, origin, _expected(rules))
     try:
         value = _PARSERS[rules["kind"]](raw, is_text)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise _bad(name, raw, origin, _expected(rules)) from error
     if (rules["choices"] and value not in rules["choices"]) or (rules["low"] is not None and value < rules["low"]):
         raise _bad(name, raw, origin, _expected(rules))
     return value
+
+
+def _expand(path: str, name: str, origin: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise SettingsError(
+            f"cannot use the path of `{name}`", {"found": f"{path!r}   (from {origin})", "error": error}, "write the folder out in full"
+        ) from error
 
 
 def _bad(name: str, raw: object, origin: str, expected: str) -> SettingsError:
@@ -242,6 +261,7 @@ _KINDS = {
     "str": "text",
     "path": "a path",
     "stages": "a list of whole numbers >= 0",
+    "texts": "a list of texts (in the environment a JSON list)",
 }
 
 
@@ -300,6 +320,13 @@ def _parse_stages(raw: object, is_text: bool) -> tuple[int, ...]:
     return tuple(sorted(set(items)))
 
 
+def _parse_texts(raw: object, is_text: bool) -> tuple[str, ...]:
+    items = json.loads(str(raw)) if is_text else raw
+    if not isinstance(items, list | tuple) or not items:
+        raise TypeError(raw)
+    return tuple(_parse_str(item, is_text) for item in items)
+
+
 _PARSERS = {
     "bool": _parse_bool,
     "int": _parse_int,
@@ -307,4 +334,5 @@ _PARSERS = {
     "str": _parse_str,
     "path": _parse_path,
     "stages": _parse_stages,
+    "texts": _parse_texts,
 }

@@ -71,4 +71,4 @@ def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _natural(path: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split(".")]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in path.split(".")]

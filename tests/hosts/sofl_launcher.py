@@ -13,7 +13,6 @@ import sys
 import types
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -40,12 +39,10 @@ if importlib.util.find_spec("torchvision") is None:
     package.utils = utils  # type: ignore[attr-defined]
     sys.modules |= {"torchvision": package, "torchvision.utils": utils}
 
-# The host seeds nothing; MONAI's transforms draw from one generator of their own.
-from monai.transforms import Randomizable  # noqa: E402 - after the stand-in
+# The host seeds nothing; MONAI's transforms take their seeds from MONAI.
+from monai.utils import set_determinism  # noqa: E402 - after the stand-in
 
-torch.manual_seed(0)
+set_determinism(0)
 random.seed(0)
-np.random.seed(0)
-Randomizable.R = np.random.RandomState(0)
 
 runpy.run_path(script, run_name="__main__")

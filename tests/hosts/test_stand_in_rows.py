@@ -42,7 +42,8 @@ def expected(film, files, head):
 
 def flow(**kwargs):
     torch.manual_seed(0)
-    model = FlowModel(**{**dict(arch_name="medsegdiff_flow", image_size=32, timesteps=2, model_channels=8, channel_mult=[1, 2], attn_resolutions=[]), **kwargs})
+    sizes = dict(arch_name="medsegdiff_flow", image_size=32, timesteps=2, model_channels=8, channel_mult=[1, 2], attn_resolutions=[])
+    model = FlowModel(**{**sizes, **kwargs})
     wake(model)
     return model
 
@@ -238,7 +239,7 @@ source.get(source.samples_of(batch_of(files[1:2]), torch.zeros(1, 1, 32, 32), (-
 assert torch.allclose(step(), expected(film, files[1:2], 0)[0], atol=1e-5)
 """
     output = run(stand_in, code, "shuffle", VLM_FILM_CACHE_DIR=empty)
-    assert "ConditionError cannot shuffle a batch of one" in output
+    assert "ConditionError cannot shuffle a batch of one image" in output
 
 
 def test_a_model_without_a_unet_that_can_carry_film_is_refused(stand_in: StandIn) -> None:
@@ -290,3 +291,19 @@ for source in files[:2]:
     assert torch.allclose(used[0][0], expected(film, [source], 0)[0], atol=1e-5)
 """,
     )
+
+
+def test_a_cache_folder_that_cannot_be_written_is_an_error_not_silence(stand_in: StandIn) -> None:
+    blocked = stand_in.root / "blocked"
+    blocked.touch()
+    output = run(
+        stand_in,
+        """
+try:
+    flow().training_step(batch_of(files[:1]), 0)
+except Exception as error:
+    print(type(error).__name__, error)
+""",
+        VLM_FILM_CACHE_DIR=str(blocked / "cache"),
+    )
+    assert "StoreError" in output and "blocked" in output and "fix:" in output

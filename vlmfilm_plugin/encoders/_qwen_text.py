@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlmfilm_plugin.encoders import _qwen_loading as loading
-from vlmfilm_plugin.encoders._qwen_base import LazyQwen, Pack, features_of
+from vlmfilm_plugin.encoders import _loading as loading
+from vlmfilm_plugin.encoders._lazy import LazyEncoder, Pack, features_of, in_groups
 from vlmfilm_plugin.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -24,18 +25,49 @@ _AFTER_IMAGE = "<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n"
 _TEXTS_PER_BATCH = 32
 
 
-class QwenTextEncoder(LazyQwen):
-    """Encode images by the text the whole frozen model writes about them, pooled over the text's last hidden states."""
-
-    @property
-    def feature_dim(self) -> int:
-        """Return F, the language model's width."""
-        return int(self.config.get_text_config().hidden_size)
+class QwenModel(LazyEncoder):
+    """Hold the whole frozen Qwen2.5-VL, and write prompts for it."""
 
     @cached_property
     def tokenizer(self) -> Any:
         """Return the tokenizer, read once."""
         return loading.read_tokenizer(self.settings)
+
+    def _prompt_ids(self, prompt: str) -> tuple[list[int], list[int]]:
+        before, after = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (_BEFORE_IMAGE, _AFTER_IMAGE.format(prompt=prompt)))
+        if self.config.image_token_id in after:
+            facts = {"found": repr(prompt[:80]), "expected": "text without image placeholders"}
+            raise EncoderError("cannot use this prompt: it names an image token", facts, "take the special token out of `prompt_template`")
+        if self.config.vision_start_token_id not in before:
+            facts = {"found": f"token ids {before[-3:]}", "expected": f"{self.config.vision_start_token_id} for <|vision_start|>"}
+            raise EncoderError("cannot write a prompt: tokenizer and model do not fit", facts, "download the model again")
+        return before, after
+
+    @property
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+    def _load(self) -> torch.nn.Module:
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        return loading.load_model(self.settings, Qwen2_5_VLForConditionalGeneration)
+
+
+class QwenTextEncoder(QwenModel):
+    """Encode images by the text the model writes about them, pooled over the text's last hidden states.
+
+    With several prompts a feature is the embeddings of the texts they get, in the order of the prompts.
+    """
+
+    @property
+    def feature_dim(self) -> int:
+        """Return F, the language model's width times the number of prompts."""
+        return self._width * len(self.settings.prompts)
+
+    @property
+    def _width(self) -> int:
+        return int(self.config.get_text_config().hidden_size)
 
     def encode(self, images: Sequence[Image]) -> Tensor:
         """Describe images (RGB, 8 bit, any sizes) and embed the descriptions.
@@ -47,14 +79,23 @@ class QwenTextEncoder(LazyQwen):
             FeatureError: a feature holds NaN or infinity.
             EncoderError: the weights cannot be loaded, or the prompt cannot be used.
         """
-        return self.embed(self.generate(images))
+        return self.encode_annotated(images)[0]
+
+    def encode_annotated(self, images: Sequence[Image]) -> tuple[Tensor, list[str]]:
+        """Encode as `encode` does, and return the text behind each feature: as it is for one prompt, a JSON list of texts for several."""
+        texts = [self.generate(images, prompt) for prompt in self.settings.prompts]
+        with torch.inference_mode(False):
+            features = torch.cat([self.embed(column) for column in texts], dim=1)
+        if len(texts) == 1:
+            return features, texts[0]
+        return features, [json.dumps(row, ensure_ascii=False) for row in zip(*texts, strict=True)]
 
     def generate(self, images: Sequence[Image], prompt: str | None = None) -> list[str]:
         """Describe each image in at most `max_new_tokens` tokens, greedily, whatever else is in the batch.
 
         Args:
             images: RGB, 8 bit, any sizes.
-            prompt: what to ask; None = the prompt of the settings.
+            prompt: what to ask; None = the first prompt of the settings.
         """
         before, after = self._prompt_ids(self.settings.prompt if prompt is None else prompt)
         return self.run(images, lambda model, pack: self._describe(model, pack, before, after))
@@ -69,38 +110,22 @@ class QwenTextEncoder(LazyQwen):
         with self.using_module() as model:
             for start in range(0, len(texts), _TEXTS_PER_BATCH):
                 rows.extend(self._pooled(model, texts[start : start + _TEXTS_PER_BATCH]))
-        return features_of(rows, self.feature_dim, "text")
-
-    def _prompt_ids(self, prompt: str) -> tuple[list[int], list[int]]:
-        before, after = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (_BEFORE_IMAGE, _AFTER_IMAGE.format(prompt=prompt)))
-        if self.config.image_token_id in after:
-            facts = {"found": repr(prompt[:80]), "expected": "text without image placeholders"}
-            raise EncoderError("cannot use this prompt: it names an image token", facts, "take the special token out of `prompt_template`")
-        if self.config.vision_start_token_id not in before:
-            facts = {"found": f"token ids {before[-3:]}", "expected": f"{self.config.vision_start_token_id} for <|vision_start|>"}
-            raise EncoderError("cannot write a prompt: tokenizer and model do not fit", facts, "download the model again")
-        return before, after
+        return features_of(rows, self._width, "text")
 
     def _describe(self, model: Any, pack: Pack, before: list[int], after: list[int]) -> list[str]:
         # Together only images of one grid: their prompts have one length and need no padding. With left padding over different
         # grids, several releases of transformers 4 give rows wrong positions, and a text depends on the other images.
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for index, grid in enumerate(pack.grids):
-            groups.setdefault(tuple(grid[0].tolist()), []).append(index)
-        texts = [""] * len(pack.grids)
-        for members in groups.values():
-            part = Pack(tuple(pack.patches[index] for index in members), tuple(pack.grids[index] for index in members))
-            for index, text in zip(members, self._describe_alike(model, part, before, after), strict=True):
-                texts[index] = text
-        return texts
+        return in_groups(
+            pack, lambda item: tuple(item.tensors["image_grid_thw"][0].tolist()), lambda part: self._describe_alike(model, part, before, after)
+        )
 
     def _describe_alike(self, model: Any, pack: Pack, before: list[int], after: list[int]) -> list[str]:
         device = loading.device_of(model)
         image_token, merged = self.config.image_token_id, int(self.config.vision_config.spatial_merge_size) ** 2
-        row = before + [image_token] * int(pack.grids[0].prod() // merged) + after
-        ids = torch.tensor([row] * len(pack.grids), device=device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_grid_thw": torch.cat(pack.grids).to(device)}
-        inputs["pixel_values"] = torch.cat(pack.patches).to(device, model.dtype)
+        row = before + [image_token] * int(pack[0].tensors["image_grid_thw"].prod() // merged) + after
+        ids = torch.tensor([row] * len(pack), device=device)
+        grids, patches = (torch.cat([item.tensors[name] for item in pack]).to(device) for name in ("image_grid_thw", "pixel_values"))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_grid_thw": grids, "pixel_values": patches.to(model.dtype)}
         if "mm_token_type_ids" in inspect.signature(type(model).forward).parameters:
             # transformers 5 tells image tokens by this instead of by their id; without it the positions are silently those of plain text.
             inputs["mm_token_type_ids"] = (ids == image_token).int()
@@ -126,14 +151,7 @@ class QwenTextEncoder(LazyQwen):
             return [states[row, len(tokens) - 1].cpu() for row, tokens in enumerate(rows)]
         return [states[row, : len(tokens)].mean(0).cpu() for row, tokens in enumerate(rows)]
 
-    @property
-    def _pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id if pad is None else pad)
-
-    def _load(self) -> torch.nn.Module:
-        return loading.load_model(self.settings)
-
-    def _mode_facts(self) -> dict[str, object]:
-        facts: dict[str, object] = {"mode": "text", "pooling": self.settings.pool, "prompt": self.settings.prompt}
-        return {**facts, "max_new_tokens": self.settings.max_new_tokens}
+    def _facts(self) -> dict[str, object]:
+        prompts = self.settings.prompts
+        facts: dict[str, object] = {"encoder": "qwen2_5_vl", "mode": "text", "pooling": self.settings.pool}
+        return {**facts, "prompt": prompts[0] if len(prompts) == 1 else list(prompts), "max_new_tokens": self.settings.max_new_tokens}

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlmfilm_plugin.encoders import _qwen_loading as loading
-from vlmfilm_plugin.encoders._qwen_base import LazyQwen, Pack, features_of
+from vlmfilm_plugin.encoders import _loading as loading
+from vlmfilm_plugin.encoders._lazy import LazyEncoder, Pack, features_of
+from vlmfilm_plugin.encoders._outputs import token_means
 from vlmfilm_plugin.encoders._qwen_text import QwenTextEncoder
-from vlmfilm_plugin.errors import EncoderError
+from vlmfilm_plugin.errors import SettingsError
 from vlmfilm_plugin.settings import resolve
 
 if TYPE_CHECKING:
@@ -26,17 +27,26 @@ if TYPE_CHECKING:
 __all__ = ["QwenImageEncoder", "QwenTextEncoder", "QwenVLMTextGenerator", "from_settings"]
 
 
+def read_config(settings: Settings) -> Any:
+    """Read the configuration of a Qwen2.5-VL; no weights."""
+    return loading.read_config(settings, "qwen2_5_vl")
+
+
 def from_settings(settings: Settings) -> Encoder:
     """Build the encoder of image mode, or of text mode with `use_text_prompt_cond`; the configuration is read, weights are not.
 
     Raises:
+        SettingsError: both `prompt_template` and `prompt_templates` are set.
         EncoderError: the model is not found, or is not a Qwen2.5-VL.
     """
-    config = loading.read_config(settings)
+    if settings.prompt_template is not None and settings.prompt_templates is not None:
+        facts = {name: f"{getattr(settings, name)!r}   (from {settings.origin(name)})" for name in ("prompt_template", "prompt_templates")}
+        raise SettingsError("cannot use `prompt_template` and `prompt_templates` together", facts, "take one of them out")
+    config = read_config(settings)
     return QwenTextEncoder(settings, config) if settings.use_text_prompt_cond else QwenImageEncoder(settings, config)
 
 
-class QwenImageEncoder(LazyQwen):
+class QwenImageEncoder(LazyEncoder):
     """Encode images by the frozen vision tower, averaged over tokens; the language model is never loaded."""
 
     @property
@@ -58,41 +68,17 @@ class QwenImageEncoder(LazyQwen):
 
     def _means(self, tower: torch.nn.Module, pack: Pack) -> list[Tensor]:
         device, weight = loading.device_of(tower), next(tower.parameters())
-        grid = torch.cat(pack.grids).to(device)
-        merged = int(self.config.vision_config.spatial_merge_size) ** 2
-        output = tower(torch.cat(pack.patches).to(device, weight.dtype), grid_thw=grid)
-        sizes = [int(size) for size in (torch.cat(pack.grids).prod(-1) // merged)]
-        # The mean in float32: half precision would round sums over thousands of tokens.
-        means = torch.stack([tokens.float().mean(0) for tokens in image_tokens(output, sizes)])
-        return list(means.cpu().unbind())
+        grids, patches = (torch.cat([item.tensors[name] for item in pack]).to(device) for name in ("image_grid_thw", "pixel_values"))
+        return token_means(tower(patches.to(weight.dtype), grid_thw=grids), grids, self.config.vision_config)
 
     def _load(self) -> torch.nn.Module:
-        return loading.load_tower(self.settings, self.config)
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-    def _mode_facts(self) -> dict[str, object]:
-        return {"mode": "image", "pooling": "mean"}
+        # The language model, four fifths of the weights, is never materialised.
+        return loading.load_part(self.settings, self.config, Qwen2_5_VisionTransformerPretrainedModel, self.config.vision_config)
 
-
-def image_tokens(output: object, sizes: Sequence[int]) -> Sequence[Tensor]:
-    """Return the tokens of each image from what a tower gave: (tokens_i, F) each.
-
-    transformers 4 gives one tensor of all tokens, 5 an output object whose `pooler_output` is that tensor, or one tensor an image.
-
-    Args:
-        output: the tower's output.
-        sizes: tokens of each image.
-
-    Raises:
-        EncoderError: any other form.
-    """
-    held: Any = getattr(output, "pooler_output", output)
-    if isinstance(held, torch.Tensor) and held.ndim == 2 and len(held) == sum(sizes):
-        return torch.split(held, list(sizes))
-    if isinstance(held, tuple | list) and [getattr(tokens, "shape", (None,))[0] for tokens in held] == list(sizes):
-        return list(held)
-    found = f"{type(output).__name__}, holding {type(held).__name__} {tuple(getattr(held, 'shape', ()))}"
-    facts = {"found": found, "expected": f"{sum(sizes)} tokens of {len(sizes)} images, as one tensor or one an image"}
-    raise EncoderError("cannot read the output of the vision tower", facts, "use a version of transformers from 4.49 to 5")
+    def _facts(self) -> dict[str, object]:
+        return {"encoder": "qwen2_5_vl", "mode": "image", "pooling": "mean"}
 
 
 class QwenVLMTextGenerator:
@@ -131,7 +117,7 @@ class QwenVLMTextGenerator:
     def encoder(self) -> QwenTextEncoder:
         """Return the encoder behind this generator; the configuration is read at first use."""
         if self._encoder is None:
-            self._encoder = QwenTextEncoder(self.settings, loading.read_config(self.settings))
+            self._encoder = QwenTextEncoder(self.settings, read_config(self.settings))
         return self._encoder
 
     def generate(self, images: Sequence[Image], prompt: str | None = None) -> list[str]:

@@ -1,13 +1,13 @@
-"""What both Qwen2.5-VL encoders share: weights that load on first use, and batches bounded by patches.
+"""What all encoders with weights share: weights that load on first use, and batches bounded by patches.
 
-Knows nothing of checkpoints' files (`_qwen_loading`) or of what a forward computes (`qwen2_5_vl`, `_qwen_text`).
+Knows nothing of checkpoints' files (`_loading`, `_weights`) or of what a forward computes.
 """
 
 from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from vlmfilm_plugin.encoders import _qwen_loading as loading
+from vlmfilm_plugin.encoders import _loading as loading
+from vlmfilm_plugin.encoders import _preprocessing as preprocessing
 from vlmfilm_plugin.encoders.base import Identity
 from vlmfilm_plugin.errors import EncoderError, FeatureError
 
@@ -29,20 +30,19 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Pack:
-    """Preprocessed images that go through the model together.
+class Prepared:
+    """One preprocessed image: what its model is given, by name (CPU), and how many patches it costs."""
 
-    Shape:
-        patches: per image (patches_i, channels * temporal * patch * patch) float32, CPU.
-        grids: per image (1, 3) int64, the (time, height, width) of its patches.
-    """
-
-    patches: tuple[Tensor, ...]
-    grids: tuple[Tensor, ...]
+    tensors: Mapping[str, Tensor]
+    patches: int
 
 
-class LazyQwen:
-    """Hold one frozen Qwen2.5-VL module that is loaded by its first use; one thread at a time uses it.
+# Preprocessed images that go through a model together.
+Pack = Sequence[Prepared]
+
+
+class LazyEncoder:
+    """Hold one frozen module that is loaded by its first use; one thread at a time uses it.
 
     Args:
         settings: model, dtype, device and preprocessing.
@@ -57,17 +57,16 @@ class LazyQwen:
     @cached_property
     def image_processor(self) -> Any:
         """Return the image processor, read once."""
-        return loading.read_image_processor(self.settings)
+        return preprocessing.read_image_processor(self.settings)
 
     @cached_property
     def identity(self) -> Identity:
         """Return what decides a feature; the compute dtype and the device are no part of it."""
         return Identity(
             {
-                "encoder": "qwen2_5_vl",
+                **self._facts(),
                 **loading.model_facts(self.settings, self.config),
-                **self._mode_facts(),
-                "preprocessing": loading.processor_facts(self.image_processor),
+                "preprocessing": preprocessing.processor_facts(self.image_processor),
             }
         )
 
@@ -98,17 +97,41 @@ class LazyQwen:
         """Compute one result an image, in packs of at most `max_patches_per_batch` patches, halved where memory runs out."""
         results: list[Result] = []
         with self.using_module() as module:
-            for pack in _packs(self.image_processor, images, self.settings.max_patches_per_batch):
+            for pack in _packs(map(self._prepare, range(len(images)), images), self.settings.max_patches_per_batch):
                 results.extend(_halving(pack, lambda part: compute(module, part)))
         return results
+
+    def _prepare(self, index: int, image: Image) -> Prepared:
+        try:
+            done = self.image_processor(images=[image.convert("RGB")], return_tensors="pt")
+        except ValueError as error:  # such as an aspect ratio above 200
+            facts = {"found": f"{image.width} x {image.height} pixels", "processor said": " ".join(str(error).split())}
+            raise EncoderError(f"cannot preprocess image {index}", facts, "crop or pad the image") from error
+        tensors = {name: value for name, value in done.items() if isinstance(value, torch.Tensor) and value.ndim}
+        return Prepared(tensors, self._patches(tensors["pixel_values"]))
+
+    def _patches(self, pixels: Tensor) -> int:
+        """Return the patches of one image: pixels (patches, values) as the Qwen family has them."""
+        return len(pixels)
 
     @abstractmethod
     def _load(self) -> torch.nn.Module:
         """Load the module."""
 
     @abstractmethod
-    def _mode_facts(self) -> dict[str, object]:
-        """Return the facts of this mode: its name, pooling, prompt."""
+    def _facts(self) -> dict[str, object]:
+        """Return the facts of this encoder besides model and preprocessing: its name, mode, pooling, prompt."""
+
+
+def in_groups(pack: Pack, key: Callable[[Prepared], Hashable], compute: Callable[[Pack], Sequence[Result]]) -> list[Result]:
+    """Compute the images of one key together, and return the results in the order of `pack`."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, item in enumerate(pack):
+        groups.setdefault(key(item), []).append(index)
+    results: dict[int, Result] = {}
+    for members in groups.values():
+        results.update(zip(members, compute([pack[index] for index in members]), strict=True))
+    return [results[index] for index in range(len(pack))]
 
 
 def features_of(rows: Sequence[Tensor], width: int, what: str) -> Tensor:
@@ -127,41 +150,32 @@ def features_of(rows: Sequence[Tensor], width: int, what: str) -> Tensor:
         return torch.stack(list(rows)) if rows else torch.zeros(0, width)
 
 
-def _packs(processor: Any, images: Sequence[Image], limit: int) -> Iterator[Pack]:
+def _packs(items: Iterator[Prepared], limit: int) -> Iterator[Pack]:
     """Yield packs bounded by patches, not images: an image of 4096 x 4096 costs as much as hundreds of small ones."""
-    patches: list[Tensor] = []
-    grids: list[Tensor] = []
-    for index, image in enumerate(images):
-        try:
-            done = processor(images=[image.convert("RGB")], return_tensors="pt")
-        except ValueError as error:  # such as an aspect ratio above 200
-            facts = {"found": f"{image.width} x {image.height} pixels", "processor said": " ".join(str(error).split())}
-            raise EncoderError(f"cannot preprocess image {index}", facts, "crop or pad the image") from error
-        if patches and sum(map(len, patches)) + len(done["pixel_values"]) > limit:
-            yield Pack(tuple(patches), tuple(grids))
-            patches, grids = [], []
-        patches.append(done["pixel_values"])
-        grids.append(done["image_grid_thw"])
-    if patches:
-        yield Pack(tuple(patches), tuple(grids))
+    pack: list[Prepared] = []
+    for item in items:
+        if pack and sum(held.patches for held in pack) + item.patches > limit:
+            yield pack
+            pack = []
+        pack.append(item)
+    if pack:
+        yield pack
 
 
 def _halving(pack: Pack, compute: Callable[[Pack], Sequence[Result]]) -> list[Result]:
-    count = len(pack.patches)
     try:
         return list(compute(pack))
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        if count == 1:
-            facts = {"found": f"{len(pack.patches[0])} patches", "device said": " ".join(str(error).split())[:200]}
+        if len(pack) == 1:
+            facts = {"found": f"{pack[0].patches} patches", "device said": " ".join(str(error).split())[:200]}
             raise EncoderError("cannot encode an image: out of memory with this image alone", facts, "lower `max_pixels`") from error
     # Outside the handler: the traceback would keep the tensors of the failed try alive.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    middle = count // 2
-    halves = (Pack(pack.patches[:middle], pack.grids[:middle]), Pack(pack.patches[middle:], pack.grids[middle:]))
-    return [result for half in halves for result in _halving(half, compute)]
+    middle = len(pack) // 2
+    return [result for half in (pack[:middle], pack[middle:]) for result in _halving(half, compute)]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
