@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from vlmfilm_plugin.architecture import read_extra_state
-from vlmfilm_plugin.attachment import ATTRIBUTE
 from vlmfilm_plugin.errors import CheckpointError
-from vlmfilm_plugin.film_module import FilmModule
+from vlmfilm_plugin.film_module import ATTRIBUTE, FilmModule
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.settings import Settings
 

@@ -83,6 +83,11 @@ class Frame:
                 self.own[head] = pair
         return pair
 
+    def prepare(self) -> None:
+        """Compute gamma and beta of every head, and put them where compiled blocks find them."""
+        for head, slot in enumerate(self.film.slots):
+            slot.gamma, slot.beta = self.gamma_beta(head)
+
     def recomputing(self) -> Frame:
         """Return this frame for a function that autograd may run again: nothing is kept (note 3)."""
         return replace(self, shared=None, own=None)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vlmfilm_plugin.cache_key import FINGERPRINT, cache_keys, content_keys, names_of, path_key, source_paths, split_of
 from vlmfilm_plugin.conditioning import Frame
-from vlmfilm_plugin.encoders.base import Encoder, build_encoder
+from vlmfilm_plugin.encoders.base import Encoder, build_encoder, encode_annotated
 from vlmfilm_plugin.errors import ConditionError, FeatureError, MissingFeatureError
 from vlmfilm_plugin.feature_store import FeatureStore, SourceStamp, StoredFeature
 from vlmfilm_plugin.images import from_array, from_tensor, read_image
@@ -281,13 +281,6 @@ class FeatureSource:
             self._memory.move_to_end(row.key)
         while len(self._memory) > _MEMORY_ITEMS:
             self._memory.popitem(last=False)
-
-
-def encode_annotated(encoder: Encoder, images: Sequence[Image]) -> tuple[Tensor, list[str] | None]:
-    """Return features (N, F) and, from an encoder that writes text about an image, one note an image."""
-    annotated = getattr(encoder, "encode_annotated", None)
-    result: tuple[Tensor, list[str] | None] = (encoder.encode(images), None) if annotated is None else annotated(images)
-    return result
 
 
 def _current(stored: StoredFeature, sample: Sample) -> StoredFeature | None:

@@ -5,6 +5,8 @@ FiLM is Perez et al. 2018, arXiv:1709.07871. Module names are those of the soft-
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -124,9 +126,10 @@ def modulate(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
-def full_precision(x: Tensor) -> torch.autocast:
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which autocast leaves FiLM's own layers alone."""
-    return torch.autocast(device_type=x.device.type, enabled=False)
+    kind = x.device.type
+    return torch.autocast(device_type=kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _check_width(tensor: Tensor, expected: int, what: str, owner: str) -> None:

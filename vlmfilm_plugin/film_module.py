@@ -13,7 +13,35 @@ from vlmfilm_plugin.architecture import Architecture, check_architecture, read_e
 from vlmfilm_plugin.film import AdaptiveFiLMHead, ImageToConditionVector, TextToConditionVector
 from vlmfilm_plugin.log import film_logger
 
+ATTRIBUTE = "vlm_film"
+"""Name under which a UNet holds its FiLM."""
+
 _warned_of_baseline: set[str] = set()
+
+
+class Slot:
+    """Gamma and beta (R, C, 1, 1) of one block for the forward that runs now: where compiled code finds them.
+
+    A compiled block cannot look a frame up in Python; a tensor attribute of a fixed object is an input of its graph.
+    """
+
+    def __init__(self) -> None:
+        self.gamma: Tensor | None = None
+        self.beta: Tensor | None = None
+        self.has_run = False
+
+    def close(self) -> bool:
+        """Empty the slot at the end of a forward; tell whether compiled code has used it."""
+        has_run, self.gamma, self.beta, self.has_run = self.has_run, None, None, False
+        return has_run
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
+        # What a forward has left is no part of a copy; a tensor with a graph could not be copied either.
+        memo[id(self)] = copied = Slot()
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"gamma": None, "beta": None, "has_run": False}
 
 
 class FilmModule(nn.Module):
@@ -39,12 +67,17 @@ class FilmModule(nn.Module):
         )
         # An unused parameter stops DDP in the next step.
         self.requires_grad_(mode != "off")
+        self.slots = [Slot() for _ in architecture.stages]
 
     def project(self, features: Tensor) -> Tensor:
         """Project features (B, F) to condition vectors (B, D)."""
         projection = self.text_to_cond if self.architecture.is_text else self.image_to_cond
         cond_vec: Tensor = projection(features)
         return cond_vec
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move with the UNet, but keep full precision: `unet.half()` would round gamma = 1.0003 to 1."""
+        return super()._apply(lambda tensor: _keep_precision(tensor, fn(tensor)), recurse)
 
     def get_extra_state(self) -> Tensor:
         # Bytes in a tensor: such a state dict loads with weights_only=True and fits safetensors.
@@ -79,3 +112,8 @@ class FilmModule(nn.Module):
 def film_modules(model: nn.Module) -> list[FilmModule]:
     """Return the FiLM modules inside a model, copies such as an EMA's included."""
     return [module for module in model.modules() if isinstance(module, FilmModule)]
+
+
+def _keep_precision(before: Tensor, after: Tensor) -> Tensor:
+    is_rounded = after.is_floating_point() and after.element_size() < before.element_size() and after.dtype in (torch.float16, torch.bfloat16)
+    return before.to(after.device) if is_rounded else after

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from vlmfilm_plugin import checkpoint as ckpt
 from vlmfilm_plugin import conditioning
-from vlmfilm_plugin.attachment import ATTRIBUTE, FilmHandle, install
+from vlmfilm_plugin.attachment import FilmHandle, install
 from vlmfilm_plugin.batches import RunningBatch
 from vlmfilm_plugin.diagnostics import Diagnostics
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
 from vlmfilm_plugin.features import FeatureSource
-from vlmfilm_plugin.film_module import FilmModule, film_modules
+from vlmfilm_plugin.film_module import ATTRIBUTE, FilmModule, film_modules
 from vlmfilm_plugin.hookspecs import PHASES, RowMap, UNet, same_rows
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.policy import ConditionPolicy

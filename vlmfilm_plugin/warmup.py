@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vlmfilm_plugin import checkpoint as ckpt
-from vlmfilm_plugin.errors import EncoderError, FeatureError, ImageReadError
+from vlmfilm_plugin.errors import EncoderError, FeatureError, ImageReadError, VlmFilmError
 from vlmfilm_plugin.feature_store import SourceStamp
 from vlmfilm_plugin.features import FeatureSource, Sample
 from vlmfilm_plugin.images import read_image
@@ -238,7 +238,10 @@ class _Warmup:
 
     def _fail(self, sample: Sample, error: Exception) -> None:
         said = " ".join(str(error).split())
-        self._report.failures.append((str(sample.path), said if isinstance(error, ImageReadError) else f"{type(error).__name__}: {said}"))
+        if isinstance(error, VlmFilmError):
+            facts = [f"{label} {value}" for label, value in error.facts.items() if label != "file"]
+            said = " ".join("; ".join([error.headline, *facts, *([error.fix] if error.fix else [])]).split())
+        self._report.failures.append((str(sample.path), f"{type(error).__name__}: {said}"))
         self._progress.add(failed=1)
 
 
