@@ -17,8 +17,8 @@ CORE = ROOT / "vlmfilm_plugin"
 LAYERS = [
     {"errors", "log"},
     {"settings", "hookspecs", "targets", "cache_key", "fingerprint", "architecture", "policy"},
-    {"film", "film_module", "conditioning", "images", "feature_store", "store_file", "store_admin", "store_exchange", "encoders"},
-    {"attachment", "features", "checkpoint"},
+    {"film", "film_module", "forward_hooks", "freezing", "gates", "conditioning", "images", "feature_store", "store_file", "store_admin", "store_exchange", "encoders"},
+    {"attachment", "features", "checkpoint", "adapter_file"},
     {"diagnostics", "batches", "runtime", "conditioner"},
     {"hosts"},
     {"_bootstrap", "warmup", "warmup_ranks", "warmup_sources"},

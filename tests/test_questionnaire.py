@@ -22,7 +22,7 @@ from vlmfilm_plugin.settings import resolve
 SIZES = ((64, 64), (200, 90), (30, 30), (64, 64))
 TWO = """
 questions:
-  - {id: contrast, text: How strong?, options: {A: weak, B: strong}}
+  - {id: contrast, text: 'How strong?', options: {A: weak, B: strong}}
   - {id: side, text: 'A much longer question: which side of the image holds more?', options: {A: left, B: right, C: "no side"}}
 """
 
@@ -155,7 +155,7 @@ def test_the_shipped_ones_are_well_formed() -> None:
         (TWO + "instruction: 3\n", "instruction"),
         (TWO.replace("id: side", "id: contrast"), "question 2"),
         (TWO.replace("id: side", "id: Side!"), "question 2, id"),
-        (TWO.replace("text: How strong?, ", ""), "question 1"),
+        (TWO.replace("text: 'How strong?', ", ""), "question 1"),
         (TWO.replace("A: weak, ", ""), "question 1 (contrast), options"),
         (TWO.replace("A: weak, B: strong", "B: weak, A: strong"), "question 1 (contrast), options"),
         (TWO.replace("A: weak, B: strong", "A: weak, C: strong"), "question 1 (contrast), options"),
@@ -195,7 +195,7 @@ def test_a_relative_path_is_relative_to_the_base_and_a_name_is_no_path(write: Ca
 
 def test_an_image_token_in_a_question_is_refused(tiny_qwen: Path, images: list[Image.Image], write: Callable[[str], Path]) -> None:
     with pytest.raises(EncoderError, match="image token"):
-        _encoder(tiny_qwen, questionnaire=str(write(TWO.replace("How strong?", "'<|image_pad|>?'")))).encode(images[:1])
+        _encoder(tiny_qwen, questionnaire=str(write(TWO.replace("How strong?", "<|image_pad|>?")))).encode(images[:1])
 
 
 def test_another_model_than_qwen2_5_vl_is_refused(tmp_path: Path) -> None:

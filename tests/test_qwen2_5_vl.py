@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,9 +24,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from vlmfilm_plugin.encoders import Encoder, build_encoder, encode_annotated
 from vlmfilm_plugin.encoders import _loading as loading
 from vlmfilm_plugin.encoders._outputs import image_tokens
+from vlmfilm_plugin.encoders._weights import WeightFiles, find_prefix
 from vlmfilm_plugin.encoders.qwen2_5_vl import QwenImageEncoder, QwenTextEncoder, QwenVLMTextGenerator
 from vlmfilm_plugin.errors import EncoderError, FeatureError, SettingsError
-from vlmfilm_plugin.settings import Settings, resolve
+from vlmfilm_plugin.settings import Settings, environment_layers, resolve
 
 SIZES = ((64, 64), (200, 90), (56, 112), (30, 30), (64, 64))
 PROMPT = "Vessels?"
@@ -402,6 +404,7 @@ def test_every_known_form_of_tower_output_is_read() -> None:
     tokens = torch.rand(5, 3)
     for output in (
         tokens,
+        (tokens, [tokens]),
         SimpleNamespace(pooler_output=tokens),
         torch.split(tokens, [2, 3]),
         list(torch.split(tokens, [2, 3])),
@@ -526,6 +529,182 @@ def test_a_tokenizer_of_another_model_is_refused(copy_of_tiny: Path, images: lis
     (copy_of_tiny / "config.json").write_text(json.dumps(config))
     with pytest.raises(EncoderError, match="do not fit"):
         _text_encoder(copy_of_tiny).encode(images[:1])
+
+
+# Several prompts, and notes
+
+PROMPTS = ["Vessels?", "Background, in a longer question?", "Noise?"]
+
+
+def _several(folder: Path, prompts: list[str] = PROMPTS, **values: object) -> QwenTextEncoder:
+    return _text_encoder(folder, prompt_template=None, prompt_templates=prompts, **values)
+
+
+def test_several_prompts_give_their_embeddings_in_order(tiny_qwen: Path, images: list[Image.Image]) -> None:
+    encoder = _several(tiny_qwen)
+    features = encoder.encode(images)
+    assert encoder.feature_dim == 3 * 32 and features.shape == (len(images), 96)
+    for index, prompt in enumerate(PROMPTS):
+        alone = _text_encoder(tiny_qwen, prompt_template=prompt).encode(images)
+        torch.testing.assert_close(features[:, index * 32 : (index + 1) * 32], alone, atol=1e-5, rtol=1e-5)
+    assert _several(tiny_qwen).encode([]).shape == (0, 96)
+
+
+def test_prompts_and_their_order_are_part_of_the_identity_and_one_is_as_one(tiny_qwen: Path) -> None:
+    found = {_several(tiny_qwen, prompts).identity.fingerprint for prompts in (PROMPTS, PROMPTS[::-1], PROMPTS[:2], PROMPTS[:1])}
+    assert len(found) == 4 and _text_encoder(tiny_qwen, prompt_template=PROMPTS[0]).identity.fingerprint in found
+
+
+def test_one_prompt_and_several_together_are_refused_when_built(tiny_qwen: Path) -> None:
+    for is_text in (True, False):
+        with pytest.raises(SettingsError, match="prompt_templates") as caught:
+            build_encoder(_settings(tiny_qwen, prompt_templates=PROMPTS, use_text_prompt_cond=is_text))
+        assert "arguments" in str(caught.value.facts["prompt_template"])
+
+
+@pytest.mark.parametrize("value", [[], "text", [1], [""], 3, ["a", None]])
+def test_prompts_that_are_no_list_of_texts_are_refused(value: object) -> None:
+    with pytest.raises(SettingsError, match="prompt_templates"):
+        resolve([("arguments", {"prompt_templates": value})])
+
+
+def test_prompts_from_the_environment_are_a_json_list() -> None:
+    def read(text: str) -> tuple[str, ...] | None:
+        return resolve(environment_layers({"VLM_FILM_PROMPT_TEMPLATES": text})).prompt_templates
+
+    assert read('["one, two", "three"]') == ("one, two", "three") and read("null") is None
+    for text in ("one", "[1]", "[]", '"one"', "{"):
+        with pytest.raises(SettingsError, match="VLM_FILM_PROMPT_TEMPLATES"):
+            read(text)
+
+
+def test_notes_are_the_texts_and_features_are_those_of_encode(tiny_qwen: Path, images: list[Image.Image]) -> None:
+    one, several = _text_encoder(tiny_qwen), _several(tiny_qwen)
+    features, notes = encode_annotated(one, images)
+    assert notes == one.generate(images) and torch.equal(features, one.encode(images))
+    features, notes = encode_annotated(several, images)
+    assert notes is not None and torch.equal(features, several.encode(images))
+    assert [json.loads(note) for note in notes] == [list(row) for row in zip(*(several.generate(images, prompt) for prompt in PROMPTS), strict=True)]
+    assert encode_annotated(_image_encoder(tiny_qwen), images)[1] is None
+
+
+# Sharded checkpoints: image mode opens, and downloads, the tower's files alone
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the tiny model saved in files so small that vision and language lie in different ones; copy it, do not change it."""
+    from tiny_qwen import build
+
+    folder = build(tmp_path_factory.mktemp("sharded"))
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="10KB")
+    return folder
+
+
+def _files(folder: Path) -> tuple[set[str], set[str]]:
+    """Return the files that hold weights of the tower, and all."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return {file for key, file in index.items() if "visual." in key}, set(index.values())
+
+
+@pytest.fixture
+def tower_only(sharded: Path, tmp_path: Path) -> Path:
+    folder = Path(shutil.copytree(sharded, tmp_path / "tower_only"))
+    of_tower, every = _files(folder)
+    for name in every - of_tower:
+        (folder / name).unlink()
+    return folder
+
+
+def test_image_mode_needs_the_files_of_the_tower_alone(tower_only: Path, sharded: Path, tiny_qwen: Path, images: list[Image.Image]) -> None:
+    of_tower, every = _files(tower_only)
+    assert len(every - of_tower) > 5 and len(of_tower) > 2
+    features = _image_encoder(tower_only).encode(images)
+    assert torch.equal(features, _image_encoder(sharded).encode(images)) and torch.equal(features, _image_encoder(tiny_qwen).encode(images))
+    assert torch.equal(_text_encoder(sharded).encode(images[:1]), _text_encoder(tiny_qwen).encode(images[:1]))
+
+
+def test_text_mode_names_the_files_that_are_missing(tower_only: Path, images: list[Image.Image]) -> None:
+    of_tower, every = _files(tower_only)
+    with pytest.raises(EncoderError, match="files are missing") as caught:
+        _text_encoder(tower_only).encode(images[:1])
+    assert str(caught.value.facts["missing files"]).split(", ") == sorted(every - of_tower) and "again" in str(caught.value.fix)
+
+
+def test_a_missing_file_of_the_tower_is_named(tower_only: Path, images: list[Image.Image]) -> None:
+    name = sorted(_files(tower_only)[0])[0]
+    (tower_only / name).unlink()
+    with pytest.raises(EncoderError, match="cannot load the weights") as caught:
+        _image_encoder(tower_only).encode(images[:1])
+    assert name in str(caught.value)
+
+
+_FROM_HUB = """
+import sys, json, torch
+import numpy as np
+from PIL import Image
+import huggingface_hub
+from vlmfilm_plugin.encoders import build_encoder
+from vlmfilm_plugin.settings import resolve
+asked, real = [], huggingface_hub.hf_hub_download
+def recording(repo, name, **options):
+    if "config" not in name:
+        asked.append(name)
+    return real(repo, name, **options)
+huggingface_hub.hf_hub_download = recording
+e = build_encoder(resolve([("a", {"model_name": "nobody/tiny", "encoder": sys.argv[1]})]))
+assert e.feature_dim and e.identity.facts["revision"] == "c" * 40, e.identity
+assert asked == []
+image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+print(json.dumps({"feature": e.encode([image])[0].tolist(), "asked": asked}))
+"""
+
+
+@pytest.mark.parametrize("encoder", ["qwen2_5_vl", "hf"])
+def test_of_a_hub_model_the_files_of_the_tower_alone_are_asked_for(encoder: str, tower_only: Path, tiny_qwen: Path, tmp_path: Path) -> None:
+    model = tmp_path / "home" / "hub" / "models--nobody--tiny"
+    shutil.copytree(tower_only, model / "snapshots" / ("c" * 40))
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("c" * 40)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    for variable in ("HF_HUB_CACHE", "TRANSFORMERS_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        environment.pop(variable, None)
+    done = subprocess.run([sys.executable, "-c", _FROM_HUB, encoder], env=environment, check=True, capture_output=True, text=True)
+    told = json.loads(done.stdout.splitlines()[-1])
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    assert set(told["asked"]) == {"model.safetensors.index.json"} | _files(tower_only)[0] and len(told["asked"]) == len(set(told["asked"]))
+    torch.testing.assert_close(torch.tensor(told["feature"]), _image_encoder(tiny_qwen).encode([image])[0], atol=1e-6, rtol=1e-6)
+
+
+def test_an_uncached_tower_is_downloaded_file_by_file(tower_only: Path, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    asked: list[tuple[str, str, str]] = []
+
+    def from_folder(repo: str, name: str, *, revision: str) -> str:
+        asked.append((repo, name, revision))
+        if not (tower_only / name).is_file():
+            raise EntryNotFoundError(name)
+        return str(tower_only / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", from_folder)
+    files = WeightFiles.of("nobody/tiny", "c0ffee")
+    names = [key.split("visual.", 1)[1] for key in files.file_of if "visual." in key]
+    assert set(files.read(names, "nobody/tiny")) == set(names)
+    assert {name for _, name, _ in asked} == {"model.safetensors.index.json"} | _files(tower_only)[0]
+    assert {(repo, revision) for repo, _, revision in asked} == {("nobody/tiny", "c0ffee")}
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(LocalEntryNotFoundError("no network")))
+    with pytest.raises(FileNotFoundError, match=r"none of model\.safetensors"):
+        WeightFiles.of("nobody/tiny")
+
+
+def test_the_prefix_of_a_part_is_the_one_that_holds_most_of_it() -> None:
+    keys = ["text.block.weight", "text.norm.weight", "a.vision.block.weight", "a.vision.norm.weight", "a.vision.patch.weight"]
+    assert find_prefix(keys, ["block.weight", "norm.weight", "patch.weight"]) == "a.vision."
+    assert find_prefix(["block.weight"], ["block.weight"]) == "" and find_prefix(["xblock.weight"], ["block.weight"]) == ""
 
 
 def test_the_generator_of_the_port_is_lazy_and_equals_text_mode(tiny_qwen: Path, images: list[Image.Image]) -> None:

@@ -21,6 +21,8 @@ from vlmfilm_plugin.encoders.base import build_encoder
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
 from vlmfilm_plugin.film_module import ATTRIBUTE, FilmModule
 from vlmfilm_plugin.forward_hooks import CloseFrame, ModulateBlock, OpenFrame
+from vlmfilm_plugin.freezing import freeze_host
+from vlmfilm_plugin.gates import Gate, find_gate
 from vlmfilm_plugin.settings import Settings, environment_layers, read_mode, resolve
 from vlmfilm_plugin.targets import Target, match_targets, select_stages
 
@@ -55,11 +57,13 @@ class FilmHandle:
         return self.film.architecture.feature_dim
 
     @contextmanager
-    def condition(self, features: Tensor | None = None, *, images: Sequence[Any] | None = None) -> Iterator[None]:
+    def condition(self, features: Tensor | None = None, *, images: Sequence[Any] | None = None, gate: Tensor | Gate | None = None) -> Iterator[None]:
         """Condition the UNet's forwards inside the block, one feature a row, or one for all rows.
 
         Args:
             features: (B, F), any float dtype, finite; used detached.
+            gate: where FiLM acts: (R, 1, H, W) in [0, 1], or a function of the forward that returns it; None takes the setting
+                `spatial_gate`.
             images: B images instead: PIL images, paths, or arrays (H, W[, 3]), uint8, uint16 or float in [0, 1]; encoded and stored once.
 
         Raises:
@@ -82,7 +86,8 @@ class FilmHandle:
             assert images is not None
             features = torch.from_numpy(self._feature_source().of_images(images))
         check_features(features, self.feature_dim)
-        with conditioning.in_force(ExplicitCondition(self.film.family, features.detach())):
+        gate = gate if gate is not None else find_gate(self.settings.spatial_gate, self.settings.origin("spatial_gate"))
+        with conditioning.in_force(ExplicitCondition(self.film.family, features.detach(), gate)):
             yield
 
     def _feature_source(self) -> FeatureSource:
@@ -162,7 +167,14 @@ def install(
         encoder=None if identity is None else dict(identity.identity.facts),
     )
     film = _build(architecture, mode, unet)
-    return FilmHandle(unet, film, settings, _mutate(unet, film, condition))
+    undo = _mutate(unet, film, condition)
+    if settings.freeze_host:
+        try:
+            undo.append(freeze_host(unet, mode, settings))
+        except SettingsError:
+            FilmHandle(unet, film, settings, undo).remove()
+            raise
+    return FilmHandle(unet, film, settings, undo)
 
 
 def _plan(unet: nn.Module, settings: Settings, targets: Mapping[str, str], channels: Callable[[nn.Module], int] | None, owner: str) -> list[Stage]:

@@ -13,6 +13,7 @@ from vlmfilm_plugin.diagnostics import StageRecorder, StepFacts
 from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.features import CacheStats, FeatureSource, derangement
 from vlmfilm_plugin.film_module import FilmModule
+from vlmfilm_plugin.gates import GateView, check_gate, find_gate
 from vlmfilm_plugin.hookspecs import RowMap, RowView
 from vlmfilm_plugin.settings import MODE_VARIABLE
 
@@ -55,17 +56,24 @@ class RunningBatch:
         """Return the frame of a forward; in evaluation what was computed for a batch is kept for all its forwards."""
         if film.mode == "off":
             return Frame(film, None, recorder=self._recorder(film))
+        gate = self._gate(film, x, image)
         index = self._index_of(x, image)
         features = self._features_for(film, x.device)
         if film.training or torch.is_grad_enabled():
-            return Frame(film, features, index, recorder=self._recorder(film))
+            return Frame(film, features, index, recorder=self._recorder(film), gate=gate)
         key = (id(film), x.shape[0], x.device, id(index))
         if key not in self._kept:
             shared = next((frame.shared for (owner, *_), frame in self._kept.items() if owner == id(film)), {})
             self._kept[key] = Frame(film, features, index, shared=shared)
         frame = self._kept[key]
-        frame.recorder = self._recorder(film)
+        frame.recorder, frame.gate = self._recorder(film), gate
+        frame.ran.clear()
         return frame
+
+    def _gate(self, film: FilmModule, x: Tensor, image: Tensor | None) -> Tensor | None:
+        settings = self._runtime.settings
+        gate = find_gate(settings.spatial_gate, settings.origin("spatial_gate"))
+        return None if gate is None else check_gate(gate(GateView(x, image, self._batch, self.phase)), x)
 
     def _recorder(self, film: FilmModule) -> StageRecorder | None:
         if not self._is_logged or film.family in self._recorded:

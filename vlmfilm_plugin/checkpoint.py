@@ -111,8 +111,11 @@ def _port_facts(checkpoint: Mapping[str, Any], state: Mapping[str, Any], path: s
     return CheckpointFacts(path, encoder, architecture)
 
 
-def adapt(model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
+def adapt(model: nn.Module, checkpoint: MutableMapping[str, Any], *, is_frozen: bool = False) -> None:
     """Make a checkpoint fit a model that carries FiLM, before its strict load: the port's names, and the order of optimizer state.
+
+    Args:
+        is_frozen: the host does not train, so that its optimizer holds FiLM's parameters alone.
 
     Raises:
         CheckpointError: the port's heads do not fit, or optimizer state cannot be matched to parameters.
@@ -125,7 +128,7 @@ def adapt(model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
     renamed: dict[str, str] = {}
     if any(name.startswith(PORT_HEADS) for name in order):
         renamed = _from_port(state, films)
-    _match_optimizer_states(model, checkpoint, [renamed.get(name, name) for name in order])
+    _match_optimizer_states(model, checkpoint, [renamed.get(name, name) for name in order], is_frozen)
 
 
 def _from_port(state: MutableMapping[str, Any], films: list[tuple[str, FilmModule]]) -> dict[str, str]:
@@ -185,14 +188,17 @@ def to_port_layout(state: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _match_optimizer_states(model: nn.Module, checkpoint: MutableMapping[str, Any], saved_order: list[str]) -> None:
+def _match_optimizer_states(
+    model: nn.Module, checkpoint: MutableMapping[str, Any], saved_order: list[str], is_frozen: bool
+) -> None:
     """Re-key optimizer state by parameter name: FiLM's parameters stand inside the UNet, so the positions of others shift."""
     states = checkpoint.get("optimizer_states") or []
-    current = [name for name, _ in model.named_parameters()]
-    known = set(current)
-    saved = [name for name in saved_order if name in known]
-    if not states or saved == current:
+    parameters = dict(model.named_parameters())
+    saved = [name for name in saved_order if name in parameters]
+    if not states or saved == list(parameters):
         return
+    # Where the host is frozen its optimizer holds FiLM alone.
+    current = [name for name, p in parameters.items() if p.requires_grad or not is_frozen]
     position = {name: index for index, name in enumerate(current)}
     for state in states:
         groups = state.get("param_groups", [])
@@ -202,5 +208,5 @@ def _match_optimizer_states(model: nn.Module, checkpoint: MutableMapping[str, An
                 {"found": f"{len(groups)} parameter groups, {len(saved)} known parameters", "expected": "one group over all parameters in order"},
                 "start a new run from its weights instead of resuming",
             )
-        state["state"] = {position[saved[index]]: value for index, value in state["state"].items()}
+        state["state"] = {position[saved[index]]: value for index, value in state["state"].items() if saved[index] in position}
         groups[0]["params"] = list(range(len(current)))

@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from vlmfilm_plugin.errors import ConditionError
 
@@ -51,6 +52,7 @@ class Frame:
         own: the same for the rows.
         recorder: takes statistics, on logged steps only.
         ran: heads whose blocks have run.
+        gate: (R, 1, H, W) or (1, 1, H, W) in [0, 1]: where FiLM acts; None is everywhere.
     """
 
     film: FilmModule
@@ -60,6 +62,7 @@ class Frame:
     own: dict[Any, Any] | None = field(default_factory=dict)
     recorder: Recorder | None = None
     ran: set[int] = field(default_factory=set)
+    gate: Tensor | None = None
 
     def cond_vec(self) -> Tensor:
         """Return the condition vectors of the samples (S, D)."""
@@ -83,10 +86,18 @@ class Frame:
                 self.own[head] = pair
         return pair
 
+    def gated(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return `x + gate * (y - x)` in x's dtype, the gate resized to x (R, C, h, w); y where there is no gate."""
+        if self.gate is None:
+            return y
+        gate = nn.functional.interpolate(self.gate, size=x.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
+        return torch.lerp(x, y, gate.clamp(0, 1).to(x.dtype).expand_as(x))
+
     def prepare(self) -> None:
         """Compute gamma and beta of every head, and put them where compiled blocks find them."""
         for head, slot in enumerate(self.film.slots):
             slot.gamma, slot.beta = self.gamma_beta(head)
+            slot.is_gated = self.gate is not None
 
     def recomputing(self) -> Frame:
         """Return this frame for a function that autograd may run again: nothing is kept (note 3)."""

@@ -22,6 +22,7 @@ from vlmfilm_plugin.conditioning import Frame
 from vlmfilm_plugin.encoders.base import Encoder, build_encoder, encode_annotated
 from vlmfilm_plugin.errors import ConditionError, FeatureError, MissingFeatureError
 from vlmfilm_plugin.feature_store import FeatureStore, SourceStamp, StoredFeature
+from vlmfilm_plugin.gates import Gate, GateView, check_gate
 from vlmfilm_plugin.images import from_array, from_tensor, read_image
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.settings import Settings
@@ -327,6 +328,7 @@ class ExplicitCondition:
 
     family: str
     features: Tensor
+    gate: Tensor | Gate | None = None
     is_for_all: bool = False
 
     def serves(self, film: FilmModule) -> bool:
@@ -345,7 +347,9 @@ class ExplicitCondition:
         features = self.features.to(x.device)
         if film.mode == "shuffle" and given > 1:
             features = features[derangement(given, 0).to(x.device)]
-        return Frame(film, features, None if given == rows else torch.zeros(rows, dtype=torch.long, device=x.device))
+        gate = self.gate(GateView(x, image)) if callable(self.gate) else self.gate
+        index = None if given == rows else torch.zeros(rows, dtype=torch.long, device=x.device)
+        return Frame(film, features, index, gate=None if gate is None else check_gate(gate, x))
 
 
 def derangement(n: int, seed: int) -> Tensor:

@@ -29,6 +29,7 @@ class Slot:
         self.gamma: Tensor | None = None
         self.beta: Tensor | None = None
         self.has_run = False
+        self.is_gated = False
 
     def close(self) -> bool:
         """Empty the slot at the end of a forward; tell whether compiled code has used it."""
@@ -41,7 +42,7 @@ class Slot:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"gamma": None, "beta": None, "has_run": False}
+        return {"gamma": None, "beta": None, "has_run": False, "is_gated": False}
 
 
 class FilmModule(nn.Module):
@@ -77,7 +78,8 @@ class FilmModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move with the UNet, but keep full precision: `unet.half()` would round gamma = 1.0003 to 1."""
-        return super()._apply(lambda tensor: _keep_precision(tensor, fn(tensor)), recurse)
+        inherited: Any = super()._apply
+        return inherited(lambda tensor: _keep_precision(tensor, fn(tensor)), recurse)
 
     def get_extra_state(self) -> Tensor:
         # Bytes in a tensor: such a state dict loads with weights_only=True and fits safetensors.

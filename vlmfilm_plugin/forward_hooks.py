@@ -5,8 +5,8 @@ Instances, not closures: a deepcopied or unpickled UNet's hooks point at its own
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,14 @@ from vlmfilm_plugin.conditioning import Frame
 from vlmfilm_plugin.errors import ConditionError, HostError
 from vlmfilm_plugin.film import modulate
 from vlmfilm_plugin.film_module import ATTRIBUTE, FilmModule
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _uncompiled(function: F) -> F:
+    """Keep a function out of compiled code; torch's own decorator has no types."""
+    disable: Any = torch.compiler.disable
+    return cast(F, disable(function))
 
 
 class OpenFrame:
@@ -30,7 +38,7 @@ class OpenFrame:
     def __init__(self, arguments: Sequence[str], condition: str | None) -> None:
         self.arguments, self.condition = tuple(arguments), condition
 
-    @torch.compiler.disable
+    @_uncompiled
     def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         film = getattr(unet, ATTRIBUTE)
         try:
@@ -60,7 +68,7 @@ class OpenFrame:
 class CloseFrame:
     """Forward hook of the UNet; runs when its forward raises, too, then with no output."""
 
-    @torch.compiler.disable
+    @_uncompiled
     def __call__(self, unet: nn.Module, args: Any, output: Any) -> None:
         film = getattr(unet, ATTRIBUTE)
         frame = conditioning.pop_frame(film)
@@ -91,6 +99,8 @@ class ModulateBlock:
         if torch.compiler.is_compiling():
             # A frame cannot be looked up from compiled code; the open frame has left gamma and beta in the slot.
             self.slot.has_run = True
+            if self.slot.is_gated:
+                raise NotImplementedError("a spatial gate cannot run in compiled code: take `spatial_gate` out, or do not compile the UNet")
             return None if self.film.mode == "off" else modulate(output, self.slot.gamma, self.slot.beta)  # type: ignore[arg-type]
         return self._modulate(output)
 
@@ -109,7 +119,7 @@ class ModulateBlock:
                 {"gamma": tuple(gamma.shape), "output": tuple(output.shape), "expected": "equal rows and channels"},
                 "pass one feature a row of the UNet's input",
             )
-        result = modulate(output, gamma, beta)
+        result = frame.gated(output, modulate(output, gamma, beta))
         if frame.recorder is not None:
             frame.recorder.record(stage.index, output, result, gamma, beta, frame.cond_vec())
         return result

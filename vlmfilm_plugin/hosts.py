@@ -150,6 +150,10 @@ def _patch_model(model: type, host: str, runtime: Runtime) -> None:
         runtime.diagnostics.report_validation()
         return wrapped(*args, **kwargs)
 
+    def configure(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        return runtime.optimizers_configured(wrapped(*args, **kwargs))
+
+    wrapt.wrap_function_wrapper(model, "configure_optimizers", configure)
     wrapt.wrap_function_wrapper(model, "on_save_checkpoint", save)
     wrapt.wrap_function_wrapper(model, "on_load_checkpoint", load)
     wrapt.wrap_function_wrapper(model, "on_fit_end", report)

@@ -21,6 +21,7 @@ from vlmfilm_plugin.diagnostics import Diagnostics
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
 from vlmfilm_plugin.features import FeatureSource
 from vlmfilm_plugin.film_module import ATTRIBUTE, FilmModule, film_modules
+from vlmfilm_plugin.freezing import freeze_host, keep_trainable
 from vlmfilm_plugin.hookspecs import PHASES, RowMap, UNet, same_rows
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.policy import ConditionPolicy
@@ -127,6 +128,8 @@ class Runtime:
             HostError: it has none, so the run would go on as a baseline.
         """
         if film_modules(model):
+            if self.settings.freeze_host:
+                freeze_host(model, self.mode, self.settings)
             return
         hparams = getattr(model, "hparams", {})
         raise HostError(
@@ -142,13 +145,17 @@ class Runtime:
             if known != Path(path):
                 self.files[name] = None
 
+    def optimizers_configured(self, configured: Any) -> Any:
+        """Leave frozen parameters out of the optimizers that a host has configured; return them."""
+        return keep_trainable(configured) if self.settings.freeze_host else configured
+
     def save_checkpoint(self, model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         """Add FiLM's metadata to a checkpoint that the host is about to save."""
         ckpt.write_metadata(model, self.settings, checkpoint)
 
     def load_checkpoint(self, model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         """Make a checkpoint fit before the host loads it strictly."""
-        ckpt.adapt(model, checkpoint)
+        ckpt.adapt(model, checkpoint, is_frozen=self.settings.freeze_host)
 
     # Batches
 

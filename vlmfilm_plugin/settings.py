@@ -97,6 +97,8 @@ class Settings:
     decoder_stages: tuple[int, ...] | None = _setting(None, "stages", optional=True)
     apply_point: str = _setting("post_block2", "str", choices=("post_block2", "post_block1"))
     targets: str | None = _setting(None, "str", optional=True)
+    spatial_gate: str | None = _setting(None, "str", optional=True)
+    freeze_host: bool = _setting(False, "bool")
     # diagnostics
     verbose: bool = _setting(False, "bool")
     verbose_debug: bool = _setting(False, "bool")

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from vlmfilm_plugin import __version__
-from vlmfilm_plugin.cli import cache, demo, doctor, run, warmup
+from vlmfilm_plugin.cli import apply, cache, demo, doctor, export, run, warmup
 from vlmfilm_plugin.errors import VlmFilmError
 
-_COMMANDS = (run, warmup, cache, doctor, demo)
+_COMMANDS = (run, warmup, cache, export, apply, doctor, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:

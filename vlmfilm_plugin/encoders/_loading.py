@@ -39,9 +39,13 @@ def read_config(settings: Settings, model_type: str | None = None) -> Any:
 
     with explained("read the configuration of", settings):
         config = AutoConfig.from_pretrained(**source(settings))
-    if model_type not in (None, config.model_type):
-        facts = {"model": name_of(settings), "found": f"model type {config.model_type!r}", "expected": f"model type {model_type!r}"}
+    found = type(config).model_type  # of the class: in some releases the instance answers for its text part
+    if model_type not in (None, found):
+        facts = {"model": name_of(settings), "found": f"model type {found!r}", "expected": f"model type {model_type!r}"}
         raise EncoderError(f"cannot use this model with encoder {settings.encoder}", facts, f"{_FIX.format(name=_EXAMPLE)}; or set `encoder` to 'hf'")
+    if getattr(config, "_commit_hash", None) is None:
+        # Recent releases of transformers no longer keep it; without it a model that changes on the hub would keep its old features.
+        config._commit_hash = _cached_commit(settings)
     return config
 
 
@@ -71,21 +75,21 @@ def load_part(settings: Settings, config: Any, part_class: Any, part_config: Any
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             names = list(part_class(part_config).state_dict())
         state = _weight_files(settings, config).read(names, name_of(settings))
-    return _load(part_class, settings, config=part_config, state_dict=state)
+    return _load(part_class, settings, pretrained_model_name_or_path=None, config=part_config, state_dict=state)
 
 
-def load_model(settings: Settings, model_class: Any, **options: Any) -> torch.nn.Module:
+def load_model(settings: Settings, config: Any, model_class: Any, **options: Any) -> torch.nn.Module:
     """Load the whole model.
 
     Raises:
         EncoderError: the weights are not found or not complete.
     """
     with explained("load the weights of", settings):
-        absent = _weight_files(settings).absent() if _folder(settings) is not None else []
+        absent = _weight_files(settings, config).absent() if _folder(settings) is not None else []
         if absent:
             facts = {"model": name_of(settings), "missing files": ", ".join(absent), "expected": f"every weight of {model_class.__name__}"}
             raise EncoderError("cannot load the weights of the whole model: files are missing", facts, "download the model again, all of it")
-    return _load(model_class, settings, **options)
+    return _load(model_class, settings, **source(settings, config), **options)
 
 
 def weight_names(settings: Settings, config: Any) -> list[str]:
@@ -112,11 +116,11 @@ def model_facts(settings: Settings, config: Any) -> dict[str, object]:
 def _load(model_class: Any, settings: Settings, **options: Any) -> torch.nn.Module:
     import torch
 
-    spread = settings.device_map in _SPREADING and _has_accelerate()
+    # A class that does not say where it may be cut stays on one device.
+    spread = settings.device_map in _SPREADING and _has_accelerate() and bool(getattr(model_class, "_no_split_modules", None))
     # Weights in hand have no configuration of their own to say their type.
     own = next((weight.dtype for weight in options.get("state_dict", {}).values() if weight.is_floating_point()), "auto")
     options["dtype" if version() >= (4, 56) else "torch_dtype"] = own if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    options |= {"pretrained_model_name_or_path": None} if "state_dict" in options else source(settings)
     if spread:
         options["device_map"] = settings.device_map
     # fork_rng: transformers draws initial values before it loads; the host's own random numbers must not move.
@@ -137,15 +141,25 @@ def _load(model_class: Any, settings: Settings, **options: Any) -> torch.nn.Modu
     return loaded
 
 
-def _weight_files(settings: Settings, config: Any = None) -> WeightFiles:
+def _cached_commit(settings: Settings) -> str | None:
+    """Return the commit of a hub model whose configuration has just been read, as the cache's folder names it."""
+    if _folder(settings) is not None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(settings.model_name, "config.json", revision=settings.revision)
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def _weight_files(settings: Settings, config: Any) -> WeightFiles:
     return WeightFiles.of(str(_folder(settings) or settings.model_name), getattr(config, "_commit_hash", None) or settings.revision)
 
 
-def source(settings: Settings) -> dict[str, Any]:
-    """Return where `from_pretrained` finds the model."""
+def source(settings: Settings, config: Any = None) -> dict[str, Any]:
+    """Return where `from_pretrained` finds the model, at the commit of `config` where it is known."""
     folder = _folder(settings)
-    revision = {"revision": settings.revision} if settings.revision is not None and folder is None else {}
-    return {"pretrained_model_name_or_path": str(folder or settings.model_name), **revision}
+    revision = getattr(config, "_commit_hash", None) or settings.revision
+    return {"pretrained_model_name_or_path": str(folder or settings.model_name), **({"revision": revision} if revision and folder is None else {})}
 
 
 def _folder(settings: Settings) -> Path | None:

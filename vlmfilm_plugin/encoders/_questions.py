@@ -106,9 +106,9 @@ def parse(content: object) -> Questionnaire:
         raise _WrongEntry("questions", entries, "a list of one or more questions")
     questions = tuple(_question(entry, f"question {number}") for number, entry in enumerate(entries, 1))
     ids = [question.id for question in questions]
-    twice = next((name for index, name in enumerate(ids) if name in ids[:index]), None)
+    twice = next((index for index, name in enumerate(ids) if name in ids[:index]), None)
     if twice is not None:
-        raise _WrongEntry(f"question {ids.index(twice) + 1}", f"id {twice!r} twice", "each id once")
+        raise _WrongEntry(f"question {twice + 1}", f"id {ids[twice]!r} twice", "each id once")
     return Questionnaire(questions, _text(held.get("instruction", _DEFAULT_INSTRUCTION), "instruction"))
 
 

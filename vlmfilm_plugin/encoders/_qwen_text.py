@@ -51,7 +51,7 @@ class QwenModel(LazyEncoder):
     def _load(self) -> torch.nn.Module:
         from transformers import Qwen2_5_VLForConditionalGeneration
 
-        return loading.load_model(self.settings, Qwen2_5_VLForConditionalGeneration)
+        return loading.load_model(self.settings, self.config, Qwen2_5_VLForConditionalGeneration)
 
 
 class QwenTextEncoder(QwenModel):

@@ -54,17 +54,17 @@ def tower_of(config: Any, model: str) -> tuple[Any, Any]:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     tower_config = copy.deepcopy(getattr(config, "vision_config", config))
-    name = _TOWERS.get(config.model_type)
+    name = _TOWERS.get(type(config).model_type)
     if name is not None:
         if hasattr(config, "projection_dim"):
             tower_config.projection_dim = config.projection_dim  # CLIP projects to the width of the whole model
         modeling = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
         return getattr(modeling, name), tower_config
-    found = MODEL_MAPPING[type(tower_config)] if type(tower_config) in MODEL_MAPPING else None
+    found = MODEL_MAPPING.get(type(tower_config), None)
     # Some configurations stand under several classes, the plain one first.
     tower_class = found[0] if isinstance(found, tuple) else found
     if tower_class is None or (not hasattr(config, "vision_config") and tower_class.main_input_name != "pixel_values"):
-        facts = {"model": model, "found": f"model type {config.model_type!r}", "expected": "an image encoder of transformers"}
+        facts = {"model": model, "found": f"model type {type(config).model_type!r}", "expected": "an image encoder of transformers"}
         raise EncoderError("cannot use this model with encoder hf", facts, "use CLIP, SigLIP, DINOv2, DINOv3, Qwen-VL or MedGemma, for example")
     return tower_class, tower_config
 
@@ -135,10 +135,10 @@ class HfEncoder(LazyEncoder):
         if "add_pooling_layer" in inspect.signature(self.tower_class.__init__).parameters:
             # Checkpoints for classification have no pooling layer; a random one must not be used.
             options["add_pooling_layer"] = any("pooler." in name for name in loading.weight_names(self.settings, self.config))
-        return loading.load_model(self.settings, self.tower_class, **options)
+        return loading.load_model(self.settings, self.config, self.tower_class, **options)
 
     def _facts(self) -> dict[str, object]:
-        return {"encoder": "hf", "mode": "image", "model_type": self.config.model_type}
+        return {"encoder": "hf", "mode": "image", "model_type": type(self.config).model_type}
 
 
 def _form(item: Prepared) -> object:

@@ -1,0 +1,27 @@
+"""`vlmfilm export CHECKPOINT ADAPTER`: write the FiLM weights of a checkpoint to a small file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+LAYOUTS = ("own", "port")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser("export", help="write a checkpoint's FiLM weights alone to a safetensors file", description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("adapter", type=Path, help="the safetensors file to write")
+    parser.add_argument("--layout", choices=LAYOUTS, default="own", help="port: the soft-seg port's names")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the file and say what is in it."""
+    from vlmfilm_plugin.adapter_file import export_adapter
+
+    names = export_adapter(arguments.checkpoint, arguments.adapter, arguments.layout)
+    print(f"wrote {len(names)} tensors, {arguments.adapter.stat().st_size / 1e6:.2f} MB: {arguments.adapter}")
+    return 0
