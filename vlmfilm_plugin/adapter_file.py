@@ -50,7 +50,11 @@ def export_adapter(checkpoint: str | Path, out: str | Path, layout: str = "own")
     metadata = content.get(METADATA) or {"architecture": _architecture(film), "settings": {}, "mode": None}
     tensors = to_port_layout(film) if layout == "port" else film
     # safetensors refuses views of shared memory, which a checkpoint of a tied copy may hold.
-    save_file({name: value.contiguous().clone() for name, value in tensors.items()}, str(out), {_KEY: json.dumps(metadata), "layout": layout})
+    save_file(
+        {name: value.contiguous().clone() for name, value in tensors.items()},
+        str(out),
+        {_KEY: json.dumps(metadata), "layout": layout, "order": json.dumps(list(tensors))},
+    )
     return list(tensors)
 
 
@@ -69,7 +73,9 @@ def apply_adapter(adapter: str | Path, checkpoint: str | Path, out: str | Path) 
 
     try:
         with safe_open(str(adapter), "pt") as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            metadata = file.metadata() or {}
+            # The file sorts its names; the module's own order is kept beside them.
+            tensors = {name: file.get_tensor(name) for name in json.loads(metadata.get("order", "[]"))}
     except Exception as error:  # safetensors raises its own and the file system's
         raise CheckpointError("cannot read the adapter", {"file": adapter, "error": error}, "give a file of `vlmfilm export`") from error
     if _KEY not in metadata or metadata.get("layout") != "own":

@@ -96,14 +96,13 @@ class ModulateBlock:
         self.film, self.head, self.slot = film, head, film.slots[head]
 
     def __call__(self, block: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not self.slot.is_gated:
             # A frame cannot be looked up from compiled code; the open frame has left gamma and beta in the slot.
             self.slot.has_run = True
-            if self.slot.is_gated:
-                raise NotImplementedError("a spatial gate cannot run in compiled code: take `spatial_gate` out, or do not compile the UNet")
             return None if self.film.mode == "off" else modulate(output, self.slot.gamma, self.slot.beta)  # type: ignore[arg-type]
         return self._modulate(output)
 
+    @_uncompiled
     def _modulate(self, output: Tensor) -> Tensor | None:
         stage = self.film.architecture.stages[self.head]
         frame = conditioning.frame_of(self.film, stage.path)
