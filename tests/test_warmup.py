@@ -21,7 +21,7 @@ from PIL import Image
 from processes import environment, python, run_code, succeed
 from stand_in import SETTINGS, StandIn
 
-from vlmfilm_plugin import warmup, warmup_vlm_cache
+from vlmfilm_plugin import warmup, warmup_sources, warmup_vlm_cache
 from vlmfilm_plugin.encoders.base import Identity
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
 from vlmfilm_plugin.errors import EncoderError, HostError, SettingsError
@@ -267,7 +267,7 @@ def test_reading_runs_ahead_of_encoding_and_is_bounded(tmp_path: Path, monkeypat
     encoder.calls = []
     ahead: list[int] = []
     read, lock = [0], threading.Lock()
-    real = warmup.read_image
+    real = warmup_sources.read_image
 
     def counted(path: Path) -> Any:
         with lock:
@@ -284,7 +284,7 @@ def test_reading_runs_ahead_of_encoding_and_is_bounded(tmp_path: Path, monkeypat
         encoder.calls.append(len(images))
         return DescriptorEncoder.encode(encoder, images)
 
-    monkeypatch.setattr(warmup, "read_image", counted)
+    monkeypatch.setattr(warmup_sources, "read_image", counted)
     monkeypatch.setattr(encoder, "encode", encode, raising=False)
     make_images(tmp_path / "imgs", 40)
     assert quiet(tmp_path / "imgs", tmp_path, batch_size=4, readers=3).encoded == 40

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -20,14 +20,11 @@ from vlmfilm_plugin import checkpoint as ckpt
 from vlmfilm_plugin.errors import EncoderError, FeatureError, ImageReadError, VlmFilmError
 from vlmfilm_plugin.feature_store import SourceStamp
 from vlmfilm_plugin.features import FeatureSource, Sample
-from vlmfilm_plugin.images import read_image
 from vlmfilm_plugin.settings import Layer, Settings, environment_layers, resolve
-from vlmfilm_plugin.warmup_ranks import Ranks, WarmupProgress
-from vlmfilm_plugin.warmup_sources import Plan, read_plan
+from vlmfilm_plugin.warmup_ranks import Ranks, WarmupProgress, WarmupReport
+from vlmfilm_plugin.warmup_sources import Plan, read_plan, samples_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from PIL.Image import Image as Picture
 
 BATCH = 64
@@ -35,35 +32,6 @@ _LOOK_AHEAD = 512  # keys a look-up in the store
 _BYTES_READ_AHEAD = 512 << 20  # of decoded images in a group; two groups are in memory at once
 
 Read = tuple[Sample, SourceStamp, "Picture"]
-
-
-@dataclass
-class WarmupReport:
-    """What a warm-up did: images asked for, features that were there, features encoded, and (path, error) of each image that failed."""
-
-    total: int = 0
-    hits: int = 0
-    encoded: int = 0
-    failures: list[tuple[str, str]] = field(default_factory=list)
-    seconds: float = 0.0
-    stores: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report as plain values."""
-        failures = [{"path": path, "error": error} for path, error in self.failures]
-        return {**vars(self), "failures": failures, "failed": len(failures)}
-
-    def merged(self, others: Sequence[WarmupReport]) -> WarmupReport:
-        """Return the sum of this and other ranks' reports; they ran at the same time."""
-        parts = [self, *others]
-        return WarmupReport(
-            sum(part.total for part in parts),
-            sum(part.hits for part in parts),
-            sum(part.encoded for part in parts),
-            sorted(failure for part in parts for failure in part.failures),
-            max(part.seconds for part in parts),
-            sorted({store for part in parts for store in part.stores}),
-        )
 
 
 def warmup_vlm_cache(
@@ -117,7 +85,7 @@ def warm_up(
         resolved = replace(resolved, cache_dir=os.path.join(resolved.cache_dir, folder))
     if (device := ranks.device(resolved.device_map)) is not None:
         resolved = replace(resolved, device_map=device)
-    samples, clashes = _samples(plan, resolved.dataset_root)
+    samples, clashes = samples_of(plan, resolved.dataset_root)
     features = FeatureSource.from_settings(resolved)
     mine = ranks.share(samples)
     with features.store, WarmupProgress(ranks, len(mine), show_progress) as progress:
@@ -133,21 +101,6 @@ def _settings(plan: Plan, given: Mapping[str, object]) -> Settings:
     if (facts := ckpt.peek(plan.resume)) is not None:
         layers.append((f"checkpoint {facts.path}", facts.encoder))
     return resolve([*layers, ("host config", plan.settings), *environment_layers(os.environ), ("argument", given)])
-
-
-def _samples(plan: Plan, dataset_root: str | None) -> tuple[list[Sample], list[tuple[str, str]]]:
-    """Return one sample a key, and what is wrong with keys that stand for several files: a run could use neither."""
-    files: dict[str, set[Path]] = {}
-    for entry in plan.entries:
-        files.setdefault(entry.key_in(dataset_root), set()).add(entry.path)
-    samples, clashes = [], []
-    for key, paths in files.items():
-        first, *others = sorted(paths)
-        if others:
-            clashes += [(str(path), f"{len(paths)} files have the cache key {key!r}: give them different names") for path in [first, *others]]
-        else:
-            samples.append(Sample(key, first, lambda path=first: read_image(path)))  # type: ignore[misc]
-    return samples, clashes
 
 
 class _Warmup:

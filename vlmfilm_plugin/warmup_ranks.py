@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,6 +16,35 @@ Item = TypeVar("Item")
 
 # A process that has finished waits for the others, however long their share takes.
 _PATIENCE = timedelta(days=30)
+
+
+@dataclass
+class WarmupReport:
+    """What a warm-up did: images asked for, features that were there, features encoded, and (path, error) of each image that failed."""
+
+    total: int = 0
+    hits: int = 0
+    encoded: int = 0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+    stores: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain values."""
+        failures = [{"path": path, "error": error} for path, error in self.failures]
+        return {**vars(self), "failures": failures, "failed": len(failures)}
+
+    def merged(self, others: Sequence[WarmupReport]) -> WarmupReport:
+        """Return the sum of this and other ranks' reports; they ran at the same time."""
+        parts = [self, *others]
+        return WarmupReport(
+            sum(part.total for part in parts),
+            sum(part.hits for part in parts),
+            sum(part.encoded for part in parts),
+            sorted(failure for part in parts for failure in part.failures),
+            max(part.seconds for part in parts),
+            sorted({store for part in parts for store in part.stores}),
+        )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ import pluggy
 from vlmfilm_plugin import hookspecs
 from vlmfilm_plugin.cache_key import FINGERPRINT, cache_keys, path_key, split_of
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
+from vlmfilm_plugin.features import Sample
+from vlmfilm_plugin.images import read_image
 
 logger = logging.getLogger("vlmfilm.warmup")
 
@@ -84,6 +86,21 @@ def read_plan(source: str | os.PathLike[str] | Mapping[str, Any], splits: Sequen
         facts = {"source": plan.origin, "splits": ", ".join(splits), "expected": "at least one image"}
         raise SettingsError("there is nothing to encode: no image was found", facts, "correct the source or the splits")
     return plan
+
+
+def samples_of(plan: Plan, dataset_root: str | None) -> tuple[list[Sample], list[tuple[str, str]]]:
+    """Return one sample a key, and what is wrong with keys that stand for several files: a run could use neither."""
+    files: dict[str, set[Path]] = {}
+    for entry in plan.entries:
+        files.setdefault(entry.key_in(dataset_root), set()).add(entry.path)
+    samples, clashes = [], []
+    for key, paths in files.items():
+        first, *others = sorted(paths)
+        if others:
+            clashes += [(str(path), f"{len(paths)} files have the cache key {key!r}: give them different names") for path in [first, *others]]
+        else:
+            samples.append(Sample(key, first, lambda path=first: read_image(path)))  # type: ignore[misc]
+    return samples, clashes
 
 
 def _host_plan(config: Mapping[str, Any], splits: Sequence[str], origin: str) -> Plan:

@@ -16,13 +16,13 @@ from PIL import Image
 import torch
 from src.archs.flow_model import FlowModel
 from src.archs.diffusion_model import DiffusionModel
-from vlmfilm_plugin import attachment
+from vlmfilm_plugin import forward_hooks
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
 from vlmfilm_plugin.images import read_image
 
 used = []
-modulate = attachment.modulate
-attachment.modulate = lambda x, gamma, beta: (used.append((gamma.detach().clone(), beta.detach().clone())), modulate(x, gamma, beta))[1]
+modulate = forward_hooks.modulate
+forward_hooks.modulate = lambda x, gamma, beta: (used.append((gamma.detach().clone(), beta.detach().clone())), modulate(x, gamma, beta))[1]
 
 def batch_of(files, size=32):
     image = torch.stack([torch.randn(1, size, size) for _ in files])
@@ -307,3 +307,39 @@ except Exception as error:
         VLM_FILM_CACHE_DIR=str(blocked / "cache"),
     )
     assert "StoreError" in output and "blocked" in output and "fix:" in output
+
+
+def test_a_step_that_is_not_logged_reads_nothing_back_from_the_device(stand_in: StandIn) -> None:
+    output = run(
+        stand_in,
+        """
+import sys
+model = flow(patch_plan=[[16, 2]])
+batch = batch_of(files[:2])
+model.training_step(batch, 0).backward()
+reads = []
+def watch(name):
+    original = getattr(torch.Tensor, name)
+    def watched(self, *args, **kwargs):
+        frame = sys._getframe(1)
+        while frame is not None:
+            path = frame.f_code.co_filename
+            if "vlmfilm_plugin" in path and "demo" not in path:
+                reads.append((name, path.rsplit("/", 1)[-1], frame.f_lineno))
+                break
+            frame = frame.f_back
+        return original(self, *args, **kwargs)
+    setattr(torch.Tensor, name, watched)
+for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "nonzero"):
+    watch(name)
+type(model).global_step = property(lambda self: 1)
+model.training_step(batch, 1).backward()
+print("READS", json.dumps(reads))
+type(model).global_step = property(lambda self: 100)
+model.training_step(batch, 2).backward()
+print("READS", json.dumps(len(reads)))
+""",
+    )
+    found = [json.loads(line.removeprefix("READS ")) for line in output.splitlines() if line.startswith("READS ")]
+    # The logged step proves that the watch sees reads at all.
+    assert found[0] == [] and found[1] > 10
