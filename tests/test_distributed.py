@@ -265,7 +265,8 @@ class Process:
     def step(self, images, number=0):
         encoded.clear()
         files = [FILES[i] for i in images]
-        batch = {"image": torch.zeros(len(files), 1, 8, 8), "name": [f"train/image/{i}.png" for i in images], "image_meta_dict": {"filename_or_obj": files}}
+        names = [f"train/image/{i}.png" for i in images]
+        batch = {"image": torch.zeros(len(files), 1, 8, 8), "name": names, "image_meta_dict": {"filename_or_obj": files}}
         with self.runtime.batch(batch, phase="train", value_range=(0.0, 1.0), step=number):
             loss = self.model(*inputs(len(files), seed=number, dtype=torch.float64)).square().mean()
         self.optimizer.zero_grad()
@@ -305,8 +306,12 @@ def both_ranks_missing_the_same_features_at_once_agree():
 def shuffle_draws_the_same_permutation_on_every_rank():
     process = Process("shuffle")
     seen = []
-    shuffle = type(process.runtime.diagnostics).shuffled
-    type(process.runtime.diagnostics).shuffled = lambda self, phase, epoch, permutation, note="": (seen.append(list(permutation)), shuffle(self, phase, epoch, permutation, note))[1]
+    kind = type(process.runtime.diagnostics)
+    plain = kind.shuffled
+    def shuffled(self, phase, epoch, permutation, note=""):
+        seen.append(list(permutation))
+        plain(self, phase, epoch, permutation, note)
+    kind.shuffled = shuffled
     for step in range(6):
         process.step([0, 1, 2, 3] if RANK == 0 else [4, 5, 6, 7], step)
     everyones = [None] * SIZE

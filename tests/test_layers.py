@@ -17,7 +17,8 @@ CORE = ROOT / "vlmfilm_plugin"
 LAYERS = [
     {"errors", "log"},
     {"settings", "hookspecs", "targets", "cache_key", "fingerprint", "architecture", "policy"},
-    {"film", "film_module", "forward_hooks", "freezing", "gates", "conditioning", "images", "feature_store", "store_file", "store_admin", "store_exchange", "encoders"},
+    {"film", "film_module", "forward_hooks", "freezing", "gates", "conditioning", "images", "encoders"}
+    | {"feature_store", "store_file", "store_admin", "store_exchange"},
     {"attachment", "features", "checkpoint", "adapter_file"},
     {"diagnostics", "batches", "runtime", "conditioner"},
     {"hosts"},

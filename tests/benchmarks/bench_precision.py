@@ -34,9 +34,8 @@ def main() -> None:
     error = np.abs(np.stack([found[key].feature for key in keys]) - full)
     rows = np.linalg.norm(error, axis=1) / np.linalg.norm(full, axis=1)
     print(f"{full.shape[0]} features of width {full.shape[1]}, largest magnitude {np.abs(full).max():.2f}")
-    print(
-        f"max abs {error.max():.2e}, max relative {(error / np.maximum(np.abs(full), 6.2e-5)).max():.2e}, relative L2 of a row at most {rows.max():.2e}"
-    )
+    relative = error / np.maximum(np.abs(full), 6.2e-5)
+    print(f"max abs {error.max():.2e}, max relative {relative.max():.2e}, relative L2 of a row at most {rows.max():.2e}")
 
 
 if __name__ == "__main__":
