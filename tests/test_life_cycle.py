@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import json
 import shutil
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
-from processes import DEMO_HOST, run_code, succeed
+from processes import DEMO_HOST, python, succeed
 from small_unet import SmallUNet, inputs, randomise
 from torch import Tensor, nn
 
@@ -134,8 +136,6 @@ def test_removed_between_forward_and_a_recomputing_backward_gradients_are_right_
 
 
 def test_a_copy_made_before_removal_keeps_its_own_film() -> None:
-    import copy
-
     handle = film_on(SmallUNet())
     randomise(handle.film)
     expected, twin = output(handle), copy.deepcopy(handle.unet)
@@ -153,40 +153,43 @@ def test_removing_where_the_host_took_the_module_out_already_still_takes_every_h
     unet = SmallUNet()
     handle = film_on(unet)
     del unet.vlm_film
-    try:
+    with contextlib.suppress(VlmFilmError):
         handle.remove()
-    except VlmFilmError:
-        pass
     handle.remove()
     assert hooks_of(unet) == {}
     unet(*inputs(3))
 
 
-# The rest runs in processes of their own: cells of a notebook are `exec` in one namespace.
+# The rest runs in forks of one process that has imported torch and Lightning, but no host; cells are `exec` in one namespace.
 
 NOTEBOOK = """
-import os, sys, torch
-torch.set_num_threads(1)
+import gc, importlib, json, os, sys, traceback
+import lightning.pytorch, torch
 import vlmfilm_plugin
-space = {"__name__": "__main__"}
+torch.set_num_threads(1)
+space = {"__name__": "__main__", "torch": torch, "os": os, "vlmfilm_plugin": vlmfilm_plugin}
+
 def cell(text):
     exec(compile(text, "<cell>", "exec"), space)
+
 def attempt(text):
     "Run a cell; return the error's name, or None."
     try:
         cell(text)
     except BaseException as error:
-        print("SAID", type(error).__name__, error)
+        print("said", type(error).__name__, error)
         return type(error).__name__
+
+def activate(mode):
+    return f'os.environ["VLM_FILM_MODE"] = {mode!r}; vlmfilm_plugin.activate()'
+
 IMPORT = '''
 from src.archs.flow_model import FlowModel
 from src.archs.components.diffusion_unet import MedSegDiffUNet
 '''
 BUILD = '''
-def build():
-    torch.manual_seed(0)
-    return FlowModel(arch_name="medsegdiff_flow", image_size=16, timesteps=2, model_channels=8, channel_mult=[1, 2], attn_resolutions=[])
-model = build()
+torch.manual_seed(0)
+model = FlowModel(arch_name="medsegdiff_flow", image_size=16, timesteps=2, model_channels=8, channel_mult=[1, 2], attn_resolutions=[])
 '''
 STEP = '''
 def batch(rows=2):
@@ -194,53 +197,53 @@ def batch(rows=2):
     return {"image": torch.rand(rows, 1, 16, 16) * 2 - 1, "label": label, "geometry": label * 2 - 1}
 model.training_step(batch(), 0).backward()
 '''
-space["torch"], space["os"], space["vlmfilm_plugin"] = torch, os, vlmfilm_plugin
-def films(model):
-    return [name for name, module in model.named_modules() if type(module).__name__ == "FilmModule"]
-def is_trained(model):
-    "Tell whether FiLM took part in the last backward, exactly once a block."
-    film = model.unet.base_unet.vlm_film
-    hooks = [len(model.unet.base_unet.ups[i][1]._forward_hooks) for i in range(2)]
-    return all(head.mlp[2].weight.grad is not None and float(head.mlp[2].weight.grad.norm()) > 0 for head in film.heads) and hooks == [1, 1]
+UNET = "unet = MedSegDiffUNet(8, 16, dim_mult=(1, 2), full_self_attn=(False, False))"
+
+def films(name="model"):
+    return [path for path, module in space[name].named_modules() if type(module).__name__ == "FilmModule"]
+
+def is_trained():
+    "Tell whether FiLM took part in the last backward."
+    film = space["model"].unet.base_unet.vlm_film
+    return all(head.mlp[2].weight.grad is not None and float(head.mlp[2].weight.grad.norm()) > 0 for head in film.heads)
+
+def hooks_a_block(unet):
+    return [len(stage[1]._forward_hooks) for stage in unet.ups]
+
+def scenario(function):
+    "Run in a fork; note what it raised."
+    name = function.__name__
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os.environ["VLM_FILM_CACHE_DIR"] = os.path.join(os.environ["VLM_FILM_CACHE_DIR"], name)
+        verdict = "ok"
+        try:
+            function()
+        except BaseException as error:
+            traceback.print_exc()
+            verdict = f"{type(error).__name__}: {error}"
+        print()
+        print("VERDICT", json.dumps([name, verdict]), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
 """
 
+SCENARIOS = """
+@scenario
+def same_cell_again():
+    for run in range(3):
+        cell(activate("on") + "; assert vlmfilm_plugin.activate() is vlmfilm_plugin.activate()")
+        cell(IMPORT + BUILD + STEP)
+        unet = space["model"].unet.base_unet
+        assert films() == ["unet.base_unet.vlm_film"] and is_trained() and hooks_a_block(unet) == [1, 1]
+        assert float(unet.vlm_film.heads[0].mlp[2].weight.norm()) == 0
 
-@pytest.fixture(scope="module")
-def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of the demo's host."""
-    target = tmp_path_factory.mktemp("life") / "host"
-    shutil.copytree(DEMO_HOST, target, ignore=shutil.ignore_patterns("__pycache__"))
-    return target
-
-
-def notebook(repo: Path, tmp_path: Path, code: str, mode: str | None = None) -> str:
-    return succeed(run_code(NOTEBOOK + code, cwd=repo, VLM_FILM_MODE=mode, VLM_FILM_CACHE_DIR=str(tmp_path), **SETTINGS))
-
-
-def test_one_cell_run_again_and_again_gives_a_fresh_model_with_film_once(repo: Path, tmp_path: Path) -> None:
-    notebook(
-        repo,
-        tmp_path,
-        """
-for run in range(3):
-    cell('os.environ["VLM_FILM_MODE"] = "on"; assert vlmfilm_plugin.activate() is vlmfilm_plugin.activate()')
-    cell(IMPORT + BUILD + STEP)
-    model = space["model"]
-    assert films(model) == ["unet.base_unet.vlm_film"] and is_trained(model)
-    assert float(model.unet.base_unet.vlm_film.heads[0].mlp[2].weight.norm()) == 0
-""",
-    )
-
-
-def test_classes_defined_in_a_cell_carry_film_each_time_the_cell_runs(repo: Path, tmp_path: Path) -> None:
-    notebook(
-        repo,
-        tmp_path,
-        """
-cell('os.environ["VLM_FILM_MODE"] = "on"; vlmfilm_plugin.activate()')
-cell(IMPORT)
-for run in range(2):
-    cell('''
+@scenario
+def classes_of_a_cell():
+    cell(activate("on") + IMPORT)
+    for run in range(2):
+        cell('''
 class Mine(FlowModel):
     def training_step(self, batch, batch_idx):
         return 2 * super().training_step(batch, batch_idx)
@@ -249,183 +252,167 @@ class Wider(MedSegDiffUNet):
         super().__init__(*args, **kwargs)
         self.extra = torch.nn.Linear(1, 1)
 ''')
-    cell(BUILD.replace("FlowModel(", "Mine(") + STEP)
-    model = space["model"]
-    assert type(model).__name__ == "Mine" and films(model) == ["unet.base_unet.vlm_film"] and is_trained(model)
-    cell('wider = Wider(8, 16, dim_mult=(1, 2), full_self_attn=(False, False))')
-    assert films(space["wider"]) == ["vlm_film"]
-    assert [len(stage[1]._forward_hooks) for stage in space["wider"].ups] == [1, 1]
-""",
-    )
+        cell(BUILD.replace("FlowModel(", "Mine(") + STEP)
+        assert type(space["model"]).__name__ == "Mine" and films() == ["unet.base_unet.vlm_film"] and is_trained()
+        cell(UNET.replace("MedSegDiffUNet(", "Wider("))
+        assert films("unet") == ["vlm_film"] and hooks_a_block(space["unet"]) == [1, 1]
 
-
-def test_a_host_imported_before_activation_carries_film_in_models_built_after(repo: Path, tmp_path: Path) -> None:
-    notebook(
-        repo,
-        tmp_path,
-        """
-cell(IMPORT)
-cell('os.environ["VLM_FILM_MODE"] = "on"; vlmfilm_plugin.activate(); vlmfilm_plugin.activate()')
-cell(BUILD + STEP)
-assert films(space["model"]) == ["unet.base_unet.vlm_film"] and is_trained(space["model"])
-""",
-    )
-
-
-def test_an_activation_that_was_refused_is_refused_again_until_it_can_succeed(repo: Path, tmp_path: Path) -> None:
-    notebook(
-        repo,
-        tmp_path,
-        """
-cell(IMPORT + BUILD)
-ACTIVATE = 'os.environ["VLM_FILM_MODE"] = "on"; vlmfilm_plugin.activate()'
-assert attempt(ACTIVATE) == "HostError"
-again = attempt(ACTIVATE)
-cell(IMPORT)
-# A second run of the cell must not look like a success that leaves later models plain.
-if again is None:
-    failed = attempt(BUILD + STEP)
-    assert failed or (films(space["model"]) and is_trained(space["model"])), "the cell succeeded and the model is a plain baseline"
-else:
-    assert again == "HostError"
-    import gc
-    del space["model"]; gc.collect()
-    assert attempt(ACTIVATE) is None
+@scenario
+def imported_before_activation():
+    cell(IMPORT)
+    cell(activate("on") + "; vlmfilm_plugin.activate()")
     cell(BUILD + STEP)
-    assert films(space["model"]) and is_trained(space["model"])
-""",
-    )
+    assert films() == ["unet.base_unet.vlm_film"] and is_trained()
 
-
-@pytest.mark.parametrize("later", ["off", "shuffle", "nonsense", None])
-def test_another_mode_in_a_later_cell_takes_effect_or_is_refused(repo: Path, tmp_path: Path, later: str | None) -> None:
-    notebook(
-        repo,
-        tmp_path,
-        f"""
-later = {later!r}
-cell('os.environ["VLM_FILM_MODE"] = "on"; vlmfilm_plugin.activate()')
-cell(IMPORT + BUILD)
-if later is None:
-    del os.environ["VLM_FILM_MODE"]
-else:
-    os.environ["VLM_FILM_MODE"] = later
-failed = attempt('vlmfilm_plugin.activate()') or attempt(IMPORT + BUILD)
-mode = space["model"].unet.base_unet.vlm_film.mode
-assert failed or mode == later, f"the variable says {{later}}, the new model runs {{mode}}, and nothing was said"
-""",
-    )
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["src.archs.components.diffusion_unet"],
-        ["src.archs.flow_model"],
-        ["src.archs.components.diffusion_unet", "src.archs.components.medsegdiff_flow", "src.archs.flow_model"],
-    ],
-    ids=["unet", "model", "all"],
-)
-def test_a_reloaded_host_carries_film_or_stops(repo: Path, tmp_path: Path, names: list[str]) -> None:
-    notebook(
-        repo,
-        tmp_path,
-        f"""
-import importlib
-cell(IMPORT + BUILD + STEP)
-def reload_and_build():
-    for name in {names!r}:
-        importlib.reload(sys.modules[name])
+@scenario
+def refused_activation_again():
     cell(IMPORT + BUILD)
-    assert films(space["model"]), "the reloaded host built a plain baseline"
-    cell(STEP)
-    assert is_trained(space["model"]), "FiLM took no part, or took part twice"
-    unet = space["MedSegDiffUNet"](8, 16, dim_mult=(1, 2), full_self_attn=(False, False))
-    assert films(unet), "the reloaded UNet is plain"
-try:
-    reload_and_build()
-    reload_and_build()
-except BaseException as error:
-    assert type(error).__name__ in ("HostError", "ConditionError", "SystemExit"), repr(error)
-    print("STOPPED", type(error).__name__)
-""",
-        "on",
-    )
+    assert attempt(activate("on")) == "HostError"
+    if attempt(activate("on")) is None:
+        # The second run of the cell looks like a success: then later models must not be plain.
+        failed = attempt(IMPORT + BUILD + STEP)
+        assert failed or films(), "the cell succeeded, and the model built after it is a plain baseline"
 
+@scenario
+def refused_activation_after_the_model_is_gone():
+    cell(IMPORT + BUILD)
+    assert attempt(activate("on")) == "HostError"
+    del space["model"]
+    gc.collect()
+    failed = attempt(activate("on")) or attempt(BUILD + STEP)
+    assert failed or (films() and is_trained()), "the cell succeeded, and the model built after it is a plain baseline"
 
-def test_methods_replaced_in_place_as_autoreload_does_keep_film_or_stop(repo: Path, tmp_path: Path) -> None:
-    notebook(
-        repo,
-        tmp_path,
-        """
-import importlib, types
-cell(IMPORT + BUILD + STEP)
-name = "src.archs.components.diffusion_unet"
-old = sys.modules[name].MedSegDiffUNet
-new = importlib.reload(sys.modules[name]).MedSegDiffUNet
-# IPython's autoreload: the old class takes the functions of the new one.
-for key, value in vars(new).items():
-    if isinstance(value, types.FunctionType):
-        setattr(old, key, value)
-unet_error = attempt(BUILD)
-assert unet_error or films(space["model"]), "the reloaded host built a plain baseline"
-""",
-        "on",
-    )
+@scenario
+def another_mode_later():
+    cell(activate("on") + IMPORT + BUILD)
+    wrong = {}
+    for later in ("off", "shuffle", "nonsense"):
+        failed = attempt(activate(later)) or attempt(IMPORT + BUILD)
+        found = space["model"].unet.base_unet.vlm_film.mode
+        if not failed and found != later:
+            wrong[later] = found
+        cell(activate("on"))
+    assert not wrong, f"mode set in a later cell -> mode of a model built after it, and nothing was said: {wrong}"
 
+def reload(*names):
+    cell(activate("on"))
+    cell(IMPORT + BUILD + STEP + UNET)
+    for turn in range(2):
+        try:
+            for name in names:
+                importlib.reload(sys.modules["src.archs." + name])
+            cell(IMPORT + UNET)
+            assert films("unet"), "the reloaded UNet is plain"
+            assert hooks_a_block(space["unet"]) == [1, 1], "FiLM is there twice"
+            cell(BUILD)
+            assert films(), "the reloaded host built a plain baseline"
+            cell(STEP)
+            assert is_trained(), "FiLM took no part"
+        except (Exception, SystemExit) as error:
+            if type(error).__name__ not in ("HostError", "ConditionError", "SystemExit"):
+                raise
+            print("stopped", type(error).__name__, error)
 
-@pytest.mark.skipif(find_spec("med_seg_diff_pytorch") is None, reason="med-seg-diff-pytorch is not installed (pip install --no-deps)")
-@pytest.mark.parametrize("mode", ["on", "off"])
-def test_two_hosts_in_one_process_are_each_conditioned_on_their_own_images(repo: Path, tmp_path: Path, mode: str) -> None:
-    notebook(
-        repo,
-        tmp_path,
-        """
-import numpy as np
-from med_seg_diff_pytorch import MedSegDiff, Unet
-from vlmfilm_plugin import _bootstrap, attachment, conditioning
+@scenario
+def reload_unet(): reload("components.diffusion_unet")
+
+@scenario
+def reload_model(): reload("flow_model")
+
+@scenario
+def reload_all(): reload("components.diffusion_unet", "components.medsegdiff_flow", "flow_model")
+"""
+
+TWO_HOSTS = """
+from vlmfilm_plugin import conditioning
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
 from vlmfilm_plugin.images import from_tensor
-mode = os.environ["VLM_FILM_MODE"]
-cell(IMPORT + BUILD + STEP)
-model = space["model"]
-torch.manual_seed(1)
-other = Unet(dim=16, image_size=16, mask_channels=1, input_img_channels=3, dim_mults=(1, 2), full_self_attn=(False, False),
-             conditioning_kwargs=dict(dim_head=8, heads=2, depth=1, patch_size=8))
-diffusion = MedSegDiff(other, timesteps=4)
-ours, theirs = model.unet.base_unet.vlm_film, other.vlm_film
-assert ours.family != theirs.family and {ours.mode, theirs.mode} == {mode}
-for film in (ours, theirs):
-    for head in film.heads:
-        torch.nn.init.normal_(head.mlp[2].weight, std=0.5)
 
-used = []
-modulate = attachment.modulate
-attachment.modulate = lambda x, gamma, beta: (used.append(gamma.detach().clone()), modulate(x, gamma, beta))[1]
-def expected(film, image, value_range):
-    feature = DescriptorEncoder().encode([from_tensor(row, value_range) for row in image]).half().float()
-    with torch.no_grad():
-        return [head(film.project(feature))[0] for head in film.heads]
+def two_hosts(mode):
+    cell(activate(mode))
+    cell(IMPORT + BUILD + STEP)
+    from med_seg_diff_pytorch import MedSegDiff, Unet
+    other = Unet(dim=16, image_size=16, mask_channels=1, input_img_channels=3, dim_mults=(1, 2), full_self_attn=(False, False),
+                 conditioning_kwargs=dict(dim_head=8, heads=2, depth=1, patch_size=8))
+    model, diffusion = space["model"], MedSegDiff(other, timesteps=4)
+    ours, theirs = model.unet.base_unet.vlm_film, other.vlm_film
+    assert ours.family != theirs.family and {ours.mode, theirs.mode} == {mode}
+    used = {}
+    for film, unet in ((ours, model.unet.base_unet), (theirs, other)):
+        for i, head in enumerate(film.heads):
+            torch.nn.init.normal_(head.mlp[2].weight, std=0.5)
+            # What a block is modulated with, read off the tensors around FiLM's hook: y = gamma x + beta.
+            block = unet.ups[i][1]
+            block.register_forward_hook(lambda m, a, y, key=(film.family, i): used.__setitem__((key, "x"), y.detach().clone()), prepend=True)
+            block.register_forward_hook(lambda m, a, y, key=(film.family, i): used.__setitem__((key, "y"), y.detach().clone()))
+    a, b = space["batch"](2), torch.rand(3, 3, 16, 16)
+    mask = (torch.rand(3, 1, 16, 16) > 0.5).float()
+    for turn in range(2):
+        # Interleaved: both forwards, then one backward.
+        model.zero_grad(); diffusion.zero_grad(); used.clear()
+        (model.training_step(a, turn) + diffusion(mask, b)).backward()
+        for film, image, value_range in ((ours, a["image"], (-1, 1)), (theirs, b, (0, 1))):
+            feature = DescriptorEncoder().encode([from_tensor(row, value_range) for row in image]).half().float()
+            for i, head in enumerate(film.heads):
+                x, y = (used[((film.family, i), which)] for which in "xy")
+                if mode == "off":
+                    assert torch.equal(x, y)
+                else:
+                    with torch.no_grad():
+                        gamma, beta = head(film.project(feature))
+                    assert not torch.allclose(x, y, atol=1e-3)
+                    torch.testing.assert_close(y, gamma * x + beta, rtol=1e-4, atol=1e-4)
+            assert all((p.grad is None) if mode == "off" else float(p.grad.norm()) > 0 for p in film.parameters())
+    assert not conditioning._stacks.frames and not conditioning._stacks.conditions
 
-a, b = space["batch"](2), torch.rand(3, 3, 16, 16)
-mask = (torch.rand(3, 1, 16, 16) > 0.5).float()
-for turn in range(2):
-    # Interleaved: both forwards, then both backwards.
-    model.zero_grad(); diffusion.zero_grad(); used.clear()
-    first = model.training_step(a, turn)
-    second = diffusion(mask, b)
-    (first + second).backward()
-    if mode == "off":
-        assert not used and all(p.grad is None for film in (ours, theirs) for p in film.parameters())
-        continue
-    want = expected(ours, a["image"], (-1, 1)) + expected(theirs, b, (0, 1))
-    assert len(used) == len(want) == 4
-    for found, wanted in zip(used, want):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    assert all(float(p.grad.norm()) > 0 for film in (ours, theirs) for p in film.parameters())
-assert not conditioning._stacks.frames and not conditioning._stacks.conditions
-fates = _bootstrap.current().seen
-assert sum(fate.startswith("patched as") for fate in fates.values()) >= 3, fates
-""",
-        mode,
-    )
+@scenario
+def two_hosts_on(): two_hosts("on")
+
+@scenario
+def two_hosts_off(): two_hosts("off")
+"""
+HAS_OTHER_HOST = find_spec("med_seg_diff_pytorch") is not None
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return how each scenario ended, in a copy of the demo's host."""
+    root = tmp_path_factory.mktemp("life")
+    shutil.copytree(DEMO_HOST, root / "host", ignore=shutil.ignore_patterns("__pycache__"))
+    script = root / "notebook.py"
+    script.write_text(NOTEBOOK + SCENARIOS + (TWO_HOSTS if HAS_OTHER_HOST else ""))
+    result = python(script, cwd=root / "host", PYTHONPATH=str(root / "host"), VLM_FILM_CACHE_DIR=str(root / "cache"), **SETTINGS)
+    lines = [line.split(" ", 1)[1] for line in succeed(result).splitlines() if line.startswith("VERDICT ")]
+    return dict(json.loads(line) for line in lines)
+
+
+def test_one_cell_run_again_and_again_gives_a_fresh_model_with_film_once(verdicts: dict[str, str]) -> None:
+    assert verdicts["same_cell_again"] == "ok"
+
+
+def test_classes_defined_in_a_cell_carry_film_each_time_the_cell_runs(verdicts: dict[str, str]) -> None:
+    assert verdicts["classes_of_a_cell"] == "ok"
+
+
+def test_a_host_imported_before_activation_carries_film_in_models_built_after(verdicts: dict[str, str]) -> None:
+    assert verdicts["imported_before_activation"] == "ok"
+
+
+@pytest.mark.parametrize("name", ["refused_activation_again", "refused_activation_after_the_model_is_gone"])
+def test_an_activation_that_was_refused_does_not_look_like_a_success_when_its_cell_runs_again(verdicts: dict[str, str], name: str) -> None:
+    assert verdicts[name] == "ok"
+
+
+def test_another_mode_in_a_later_cell_takes_effect_or_is_refused(verdicts: dict[str, str]) -> None:
+    assert verdicts["another_mode_later"] == "ok"
+
+
+@pytest.mark.parametrize("name", ["reload_unet", "reload_model", "reload_all"])
+def test_a_reloaded_host_carries_film_or_stops(verdicts: dict[str, str], name: str) -> None:
+    assert verdicts[name] == "ok"
+
+
+@pytest.mark.skipif(not HAS_OTHER_HOST, reason="med-seg-diff-pytorch is not installed (pip install --no-deps)")
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_two_hosts_in_one_process_are_each_conditioned_on_their_own_images(verdicts: dict[str, str], mode: str) -> None:
+    assert verdicts[f"two_hosts_{mode}"] == "ok"

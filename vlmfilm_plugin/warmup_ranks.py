@@ -108,7 +108,7 @@ class WarmupProgress:
         self._bar: Any = None
 
     def __enter__(self) -> WarmupProgress:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
 
         self._bar = tqdm(
             total=self._total,

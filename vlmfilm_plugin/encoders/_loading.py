@@ -211,13 +211,18 @@ def _folder_digest(folder: Path) -> str:
 
 
 def _has_accelerate() -> bool:
-    return os.environ.get(NO_ACCELERATE_VARIABLE) != "1" and importlib.util.find_spec("accelerate") is not None
+    # One process a GPU: a model spread over all of them would be there once for each rank.
+    is_alone = os.environ.get("LOCAL_RANK") is None
+    return is_alone and os.environ.get(NO_ACCELERATE_VARIABLE) != "1" and importlib.util.find_spec("accelerate") is not None
 
 
 def _default_device() -> str:
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    rank = os.environ.get("LOCAL_RANK", "")
+    return f"cuda:{int(rank) % torch.cuda.device_count()}" if rank.isdecimal() else "cuda"
 
 
 def version() -> tuple[int, int]:
