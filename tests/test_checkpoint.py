@@ -16,7 +16,7 @@ from vlmfilm_plugin.attachment import install
 from vlmfilm_plugin.checkpoint import adapt, facts_of, peek, to_port_layout, write_metadata
 from vlmfilm_plugin.conditioning import in_force
 from vlmfilm_plugin.errors import CheckpointError
-from vlmfilm_plugin.features import ExplicitCondition
+from vlmfilm_plugin.explicit import ExplicitCondition
 from vlmfilm_plugin.film_module import FilmModule
 from vlmfilm_plugin.settings import Settings, resolve
 

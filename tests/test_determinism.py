@@ -30,7 +30,8 @@ def host(mode, seed=0, bs=2):
     from src.archs.flow_model import FlowModel
     from src.data.angio import AngioDataModule
     L.seed_everything(seed, verbose=False)
-    model = FlowModel(arch_name="medsegdiff_flow", image_size=16, patch_plan=[[16, 2]], timesteps=2, model_channels=8, channel_mult=[1, 2], attn_resolutions=[])
+    size = dict(image_size=16, patch_plan=[[16, 2]], timesteps=2, model_channels=8, channel_mult=[1, 2], attn_resolutions=[])
+    model = FlowModel(arch_name="medsegdiff_flow", **size)
     return model, AngioDataModule(*(f"{DATA}/{split}" for split in ("train", "val", "test")), train_bs=bs)
 
 def film_of(model):
@@ -52,8 +53,8 @@ def curve(mode, freeze=True, clip=0.05, film_lr=None):
         film.requires_grad_(False)
     if film_lr is not None:
         own = {id(p) for p in film.parameters()} if film is not None else set()
-        groups = [{"params": [p for p in model.parameters() if id(p) not in own]}, {"params": [p for p in model.parameters() if id(p) in own], "lr": film_lr}]
-        model.configure_optimizers = lambda: torch.optim.AdamW([g for g in groups if g["params"]], lr=1e-3)
+        groups = [{"params": [p for p in model.parameters() if (id(p) in own) == is_film], "lr": lr} for is_film, lr in ((False, 1e-3), (True, film_lr))]
+        model.configure_optimizers = lambda: torch.optim.AdamW([group for group in groups if group["params"]])
     _, losses = train(model, data, 10, gradient_clip_val=clip)
     import hashlib
     state = {name: value for name, value in model.state_dict().items() if "vlm_film" not in name}
@@ -71,6 +72,9 @@ def permutations(epochs=8, seed=0, ckpt=None, save=None, **options):
         return result
     batches.RunningBatch._shuffle = spy
     model, data = host("shuffle", seed, bs=4)
+    if "accumulate_grad_batches" in options:
+        images = data.train_dataloader().dataset
+        data.train_dataloader = lambda: torch.utils.data.DataLoader(images + images, batch_size=4)
     trainer, _ = train(model, data, epochs, ckpt, **options)
     if save:
         trainer.save_checkpoint(save)
@@ -149,5 +153,6 @@ def test_shuffle_draws_each_steps_permutation_from_the_step_alone(results: dict[
 
 
 def test_shuffle_keeps_its_permutation_while_the_step_stands_still(results: dict[str, Any]) -> None:
+    assert [step for step, _ in results["accumulated"]] == [step for step in range(8) for _ in range(2)]
     of_step = dict(results["permutations"])
     assert all(permutation == of_step[step] for step, permutation in results["accumulated"])

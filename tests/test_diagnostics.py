@@ -14,8 +14,9 @@ from small_unet import SmallUNet, inputs, randomise
 from torch import Tensor, nn
 
 from vlmfilm_plugin import conditioning
-from vlmfilm_plugin.diagnostics import Diagnostics, StepFacts, permutation_hash, statistics
+from vlmfilm_plugin.diagnostics import Diagnostics, StepFacts, statistics
 from vlmfilm_plugin.hookspecs import UNet
+from vlmfilm_plugin.permutation import permutation_hash
 from vlmfilm_plugin.runtime import Runtime
 from vlmfilm_plugin.settings import resolve
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from small_unet import SmallUNet, inputs, randomise
 from vlmfilm_plugin.attachment import attach
-from vlmfilm_plugin.features import derangement
+from vlmfilm_plugin.permutation import derangement
 
 torch.set_num_threads(1)
 RANK, SIZE, FOLDER = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["FOLDER"]

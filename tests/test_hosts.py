@@ -240,7 +240,7 @@ def test_a_batch_without_images_is_refused(bad: Any, tmp_path: Path) -> None:
 
 
 def test_a_callers_own_condition_wins_over_the_batch(tmp_path: Path) -> None:
-    from vlmfilm_plugin.features import ExplicitCondition
+    from vlmfilm_plugin.explicit import ExplicitCondition
 
     host, run = patched(tmp_path)
     model = host.Model()
@@ -405,7 +405,7 @@ def test_a_subclass_that_rebuilds_its_decoder_is_modulated_there_or_refused_neve
         randomise(model.net.vlm_film)
         image = torch.rand(1, 1, 8, 8)
         for scale in (0.1, 1.0):
-            from vlmfilm_plugin.features import ExplicitCondition
+            from vlmfilm_plugin.explicit import ExplicitCondition
 
             given = scale * torch.randn(1, model.net.vlm_film.architecture.feature_dim)
             with torch.no_grad(), conditioning.in_force(ExplicitCondition(model.net.vlm_film.family, given)):

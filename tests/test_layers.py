@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[1]
 CORE = ROOT / "vlmfilm_plugin"
 LAYERS = [
     {"errors", "log"},
-    {"settings", "hookspecs", "targets", "cache_key", "fingerprint", "architecture", "policy"},
-    {"film", "film_module", "forward_hooks", "freezing", "gates", "conditioning", "images", "encoders"}
+    {"settings", "hookspecs", "targets", "cache_key", "fingerprint", "architecture", "policy", "setting_kinds"},
+    {"film", "film_module", "forward_hooks", "freezing", "gates", "permutation", "conditioning", "images", "encoders"}
     | {"feature_store", "store_file", "store_admin", "store_exchange"},
-    {"attachment", "features", "checkpoint", "adapter_file"},
+    {"attachment", "explicit", "features", "checkpoint", "adapter_file"},
     {"diagnostics", "batches", "runtime", "conditioner"},
     {"hosts"},
     {"_bootstrap", "warmup", "warmup_ranks", "warmup_sources"},

@@ -70,7 +70,8 @@ class FilmHandle:
             ConditionError: both or neither were given, or, in the forward, their number does not fit the rows.
             FeatureError: the features' width is not F, or they hold NaN or infinite values.
         """
-        from vlmfilm_plugin.features import ExplicitCondition, check_features
+        from vlmfilm_plugin.explicit import ExplicitCondition
+        from vlmfilm_plugin.features import check_features
 
         if (features is None) == (images is None):
             raise ConditionError(

@@ -11,10 +11,11 @@ from torch import Tensor
 from vlmfilm_plugin.conditioning import Frame
 from vlmfilm_plugin.diagnostics import StageRecorder, StepFacts
 from vlmfilm_plugin.errors import ConditionError
-from vlmfilm_plugin.features import CacheStats, FeatureSource, derangement
+from vlmfilm_plugin.features import CacheStats, FeatureSource
 from vlmfilm_plugin.film_module import FilmModule
 from vlmfilm_plugin.gates import GateView, check_gate, find_gate
 from vlmfilm_plugin.hookspecs import RowMap, RowView
+from vlmfilm_plugin.permutation import derangement
 from vlmfilm_plugin.settings import MODE_VARIABLE
 
 if TYPE_CHECKING:

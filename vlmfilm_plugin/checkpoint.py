@@ -188,9 +188,7 @@ def to_port_layout(state: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _match_optimizer_states(
-    model: nn.Module, checkpoint: MutableMapping[str, Any], saved_order: list[str], is_frozen: bool
-) -> None:
+def _match_optimizer_states(model: nn.Module, checkpoint: MutableMapping[str, Any], saved_order: list[str], is_frozen: bool) -> None:
     """Re-key optimizer state by parameter name: FiLM's parameters stand inside the UNet, so the positions of others shift."""
     states = checkpoint.get("optimizer_states") or []
     parameters = dict(model.named_parameters())

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from vlmfilm_plugin.cache_key import cache_keys
-from vlmfilm_plugin.diagnostics import permutation_hash, statistics
+from vlmfilm_plugin.diagnostics import statistics
 from vlmfilm_plugin.errors import ConditionError, FeatureError
-from vlmfilm_plugin.features import FeatureSource, derangement
+from vlmfilm_plugin.features import FeatureSource
 from vlmfilm_plugin.film import ImageToConditionVector, TextToConditionVector, modulate
 from vlmfilm_plugin.log import film_logger
+from vlmfilm_plugin.permutation import derangement, permutation_hash
 from vlmfilm_plugin.policy import ConditionPolicy
 from vlmfilm_plugin.settings import read_mode, resolve
 

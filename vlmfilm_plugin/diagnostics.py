@@ -6,7 +6,6 @@ constant, `[FILM-SHUFFLE]` once an epoch, `[VLM] cache_stats`. Reading a statist
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from vlmfilm_plugin.features import CacheStats
 from vlmfilm_plugin.log import film_logger
+from vlmfilm_plugin.permutation import permutation_hash
 from vlmfilm_plugin.settings import Settings
 
 CONSTANT_STD = 1e-6
@@ -70,11 +70,6 @@ class StepFacts:
             "mixed_keys": self.has_mixed_keys,
             "shuffle_perm_hash": None if self.permutation is None else permutation_hash(self.permutation),
         }
-
-
-def permutation_hash(permutation: Sequence[int]) -> str:
-    """Return 8 hex digits that name a permutation."""
-    return hashlib.blake2b(",".join(map(str, permutation)).encode(), digest_size=4).hexdigest()
 
 
 class Diagnostics:

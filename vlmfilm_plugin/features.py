@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 from vlmfilm_plugin.cache_key import FINGERPRINT, cache_keys, content_keys, names_of, path_key, source_paths, split_of
-from vlmfilm_plugin.conditioning import Frame
 from vlmfilm_plugin.encoders.base import Encoder, build_encoder, encode_annotated
-from vlmfilm_plugin.errors import ConditionError, FeatureError, MissingFeatureError
+from vlmfilm_plugin.errors import FeatureError, MissingFeatureError
 from vlmfilm_plugin.feature_store import FeatureStore, SourceStamp, StoredFeature
-from vlmfilm_plugin.gates import Gate, GateView, check_gate
 from vlmfilm_plugin.images import from_array, from_tensor, read_image
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.settings import Settings
@@ -30,8 +28,6 @@ from vlmfilm_plugin.settings import Settings
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
-
-    from vlmfilm_plugin.film_module import FilmModule
 
 _logger = logging.getLogger("vlmfilm.features")
 
@@ -320,44 +316,3 @@ def check_features(features: Tensor, feature_dim: int, keys: Sequence[str] | Non
             {"row": row, "expected": "finite values"},
             "look at that image, or run the encoder with dtype float32",
         )
-
-
-@dataclass(eq=False)
-class ExplicitCondition:
-    """The condition that a caller gives by hand: features (B, F), for every UNet of one family (a UNet and its copies)."""
-
-    family: str
-    features: Tensor
-    gate: Tensor | Gate | None = None
-    is_for_all: bool = False
-
-    def serves(self, film: FilmModule) -> bool:
-        return film.family == self.family
-
-    def open_frame(self, film: FilmModule, x: Tensor, image: Tensor | None) -> Frame:
-        if film.mode == "off":
-            return Frame(film, None)
-        rows, given = x.shape[0], self.features.shape[0]
-        if given not in (1, rows):
-            raise ConditionError(
-                "cannot map the rows of this UNet forward to the given features",
-                {"features": given, "rows": rows, "expected": "one feature for each row, or one for all"},
-                "repeat the features as the rows are repeated, e.g. features.repeat_interleave(num_patches, dim=0)",
-            )
-        features = self.features.to(x.device)
-        if film.mode == "shuffle" and given > 1:
-            features = features[derangement(given, 0).to(x.device)]
-        gate = self.gate(GateView(x, image)) if callable(self.gate) else self.gate
-        index = None if given == rows else torch.zeros(rows, dtype=torch.long, device=x.device)
-        return Frame(film, features, index, gate=None if gate is None else check_gate(gate, x))
-
-
-def derangement(n: int, seed: int) -> Tensor:
-    """Return a permutation (n,) of 0..n-1 that moves every element (n >= 2): one random cycle, drawn by seed alone.
-
-    A shuffled row that met its own condition would not be shuffled.
-    """
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    result = torch.empty(n, dtype=torch.long)
-    result[order] = order.roll(-1)
-    return result

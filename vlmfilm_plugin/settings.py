@@ -6,7 +6,6 @@ Order, weakest first: default, preset, checkpoint's encoder, the host's own conf
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmfilm_plugin.errors import SettingsError
+from vlmfilm_plugin.setting_kinds import PARSERS, EnvText, describe
 
 MODE_VARIABLE = "VLM_FILM_MODE"
 MODES = ("on", "off", "shuffle")
@@ -180,12 +180,8 @@ def environment_layers(environ: Mapping[str, str], base_dir: str | Path | None =
         layers.append((path, _read_yaml(Path(base_dir or Path.cwd()) / _expand(path, CONFIG_VARIABLE, "environment"))))
     for variable in sorted(environ):
         if variable.startswith(PREFIX) and variable not in _NOT_SETTINGS:
-            layers.append(("environment", {variable: _EnvText(environ[variable])}))
+            layers.append(("environment", {variable: EnvText(environ[variable])}))
     return layers
-
-
-class _EnvText(str):
-    """Text from the environment: every kind is spelt as text there."""
 
 
 def _read_yaml(path: Path) -> Mapping[str, object]:
@@ -226,17 +222,17 @@ def _known_name(raw: str, origin: str) -> str:
 
 def _coerce(name: str, raw: object, origin: str) -> object:
     rules = _FIELDS[name].metadata
-    is_text = isinstance(raw, _EnvText)
+    is_text = isinstance(raw, EnvText)
     if raw is None or (is_text and str(raw).strip().lower() in {"none", "null", "~"}):
         if rules["optional"]:
             return None
-        raise _bad(name, raw, origin, _expected(rules))
+        raise _bad(name, raw, origin, describe(rules))
     try:
-        value = _PARSERS[rules["kind"]](raw, is_text)
+        value = PARSERS[rules["kind"]](raw, is_text)
     except (TypeError, ValueError, OverflowError) as error:
-        raise _bad(name, raw, origin, _expected(rules)) from error
+        raise _bad(name, raw, origin, describe(rules)) from error
     if (rules["choices"] and value not in rules["choices"]) or (rules["low"] is not None and value < rules["low"]):
-        raise _bad(name, raw, origin, _expected(rules))
+        raise _bad(name, raw, origin, describe(rules))
     return value
 
 
@@ -254,87 +250,3 @@ def _bad(name: str, raw: object, origin: str, expected: str) -> SettingsError:
     return SettingsError(
         f"cannot use setting `{name}`: bad value", {"found": f"{raw!r}   (from {origin})", "expected": expected}, f"correct {spelt}, or take it out"
     )
-
-
-_KINDS = {
-    "bool": "true or false",
-    "int": "a whole number",
-    "float": "a finite number",
-    "str": "text",
-    "path": "a path",
-    "stages": "a list of whole numbers >= 0",
-    "texts": "a list of texts (in the environment a JSON list)",
-}
-
-
-def _expected(rules: Mapping[str, Any]) -> str:
-    text = "one of " + ", ".join(rules["choices"]) if rules["choices"] else _KINDS[rules["kind"]]
-    if rules["low"] is not None:
-        text += f" >= {rules['low']:g}"
-    return text + (", or null" if rules["optional"] else "")
-
-
-def _parse_bool(raw: object, is_text: bool) -> bool:
-    if isinstance(raw, bool):
-        return raw
-    word = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    if is_text and str(raw).strip().lower() in word:
-        return word[str(raw).strip().lower()]
-    raise ValueError(raw)
-
-
-def _parse_int(raw: object, is_text: bool) -> int:
-    if is_text:
-        return int(str(raw))
-    if isinstance(raw, bool) or not isinstance(raw, int):
-        raise TypeError(raw)
-    return raw
-
-
-def _parse_float(raw: object, is_text: bool) -> float:
-    # YAML 1.1 reads `1e-3` as text, so text is fine here; true and false are not numbers.
-    if isinstance(raw, bool) or not isinstance(raw, int | float | str):
-        raise TypeError(raw)
-    value = float(raw)
-    if value != value or value in (float("inf"), float("-inf")):
-        raise ValueError(raw)
-    return value
-
-
-def _parse_str(raw: object, is_text: bool) -> str:
-    if not isinstance(raw, str) or not raw.strip():
-        raise TypeError(raw)
-    return str(raw)
-
-
-def _parse_path(raw: object, is_text: bool) -> str:
-    return _parse_str(str(raw) if isinstance(raw, Path) else raw, is_text)
-
-
-def _parse_stages(raw: object, is_text: bool) -> tuple[int, ...]:
-    items: object = raw
-    if is_text:
-        items = [int(part) for part in str(raw).strip().strip("[]()").split(",") if part.strip()]
-    if isinstance(items, int) and not isinstance(items, bool):
-        items = [items]
-    if not isinstance(items, list | tuple) or not items or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in items):
-        raise ValueError(raw)
-    return tuple(sorted(set(items)))
-
-
-def _parse_texts(raw: object, is_text: bool) -> tuple[str, ...]:
-    items = json.loads(str(raw)) if is_text else raw
-    if not isinstance(items, list | tuple) or not items:
-        raise TypeError(raw)
-    return tuple(_parse_str(item, is_text) for item in items)
-
-
-_PARSERS = {
-    "bool": _parse_bool,
-    "int": _parse_int,
-    "float": _parse_float,
-    "str": _parse_str,
-    "path": _parse_path,
-    "stages": _parse_stages,
-    "texts": _parse_texts,
-}
