@@ -419,3 +419,14 @@ def test_an_optimizer_that_has_not_stepped_is_matched_too() -> None:
     model = Root(seed=1, has_film=False)
     found, optimizer = resumed({"state_dict": model.state_dict(), "optimizer_states": [adamw(model).state_dict()]})
     assert momenta(found, optimizer) == {}
+
+
+def test_peeking_unpickles_no_object_where_the_host_asks_for_weights_alone(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, ...]:
+            return open, (str(tmp_path / "went-off"), "w")
+
+    path = tmp_path / "bomb.ckpt"
+    torch.save({"state_dict": {}, "callbacks": Bomb()}, path)
+    assert peek(path, weights_only=True) is None
+    assert not (tmp_path / "went-off").exists()

@@ -53,7 +53,8 @@ def curve(mode, freeze=True, clip=0.05, film_lr=None):
         film.requires_grad_(False)
     if film_lr is not None:
         own = {id(p) for p in film.parameters()} if film is not None else set()
-        groups = [{"params": [p for p in model.parameters() if (id(p) in own) == is_film], "lr": lr} for is_film, lr in ((False, 1e-3), (True, film_lr))]
+        host_and_film = [[p for p in model.parameters() if (id(p) in own) == is_film] for is_film in (False, True)]
+        groups = [{"params": some, "lr": lr} for some, lr in zip(host_and_film, (1e-3, film_lr))]
         model.configure_optimizers = lambda: torch.optim.AdamW([group for group in groups if group["params"]])
     _, losses = train(model, data, 10, gradient_clip_val=clip)
     import hashlib

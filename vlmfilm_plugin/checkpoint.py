@@ -5,6 +5,7 @@ Weights themselves travel in the host's own state dict, under the UNet (`...vlm_
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,15 +52,24 @@ def write_metadata(model: nn.Module, settings: Settings, checkpoint: MutableMapp
     checkpoint[TRAINED_STAGES] = [stage.index for stage in architecture.stages]
 
 
-def peek(path: object) -> CheckpointFacts | None:
-    """Read what a checkpoint file says of its FiLM, without its tensors; None for a plain baseline, or what is no local file."""
+def peek(path: object, *, weights_only: bool = False) -> CheckpointFacts | None:
+    """Read what a checkpoint file says of its FiLM, without its tensors; None for a plain baseline, or what is no local file.
+
+    Args:
+        weights_only: the host is about to load the file with this flag: where it is set, no object is unpickled here either.
+    """
     if not isinstance(path, str | Path) or not Path(path).is_file():
         return None
-    try:
-        # Lightning checkpoints hold objects; the host loads this very file in full a moment later.
-        content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-    except RuntimeError:
-        content = torch.load(path, map_location="cpu", weights_only=False)
+    content = None
+    # Checkpoints of Lightning may hold objects; mmap leaves the tensors on disk, but cannot read torch's old format.
+    for is_safe, mmap in ((True, True), (True, False), (False, True), (False, False)):
+        if weights_only and not is_safe:
+            return None
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=is_safe, mmap=mmap)
+            break
+        except (RuntimeError, pickle.UnpicklingError):
+            continue
     return facts_of(content, str(path)) if isinstance(content, Mapping) else None
 
 

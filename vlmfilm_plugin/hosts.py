@@ -165,7 +165,7 @@ def _patch_load_from_checkpoint(model: Any, runtime: Runtime) -> None:
     original = inspect.getattr_static(model, "load_from_checkpoint")
 
     def load_from_checkpoint(cls: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        with runtime.loading(checkpoint_path):
+        with runtime.loading(checkpoint_path, weights_only=kwargs.get("weights_only") is True):
             return original.__get__(None, cls)(checkpoint_path, *args, **kwargs)
 
     load_from_checkpoint.__doc__ = model.load_from_checkpoint.__doc__

@@ -90,9 +90,9 @@ class Runtime:
         self._settings = self._diagnostics = None
 
     @contextmanager
-    def loading(self, path: object) -> Iterator[None]:
+    def loading(self, path: object, *, weights_only: bool = False) -> Iterator[None]:
         """Build models inside the block as the checkpoint at `path` says: its stages win, its encoder is the default."""
-        outer, self._facts = self._facts, ckpt.peek(path)
+        outer, self._facts = self._facts, ckpt.peek(path, weights_only=weights_only)
         self._settings = None
         try:
             yield

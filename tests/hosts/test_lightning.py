@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
+import torch
 from processes import python, succeed
 from stand_in import SETTINGS, StandIn
 
 # Each scenario is a fork of one process that has imported Lightning, but no host; its mode is set and it is activated by itself.
 SCRIPT = """
-import glob, json, os, sys, traceback
+import json, os, sys, traceback
 import lightning.pytorch as L, torch
 import vlmfilm_plugin
 torch.set_num_threads(1)
@@ -34,7 +37,7 @@ def scenario(function):
         os._exit(0)
     os.waitpid(child, 0)
 
-def start(mode, module=None):
+def start(mode):
     os.environ["VLM_FILM_MODE"] = mode
     vlmfilm_plugin.activate()
     from src.archs.flow_model import FlowModel
@@ -42,8 +45,8 @@ def start(mode, module=None):
 
 def build(cls, seed=0, wake=True, **sizes):
     torch.manual_seed(seed)
-    sizes = {**dict(image_size=16, patch_plan=[[16, 2]], timesteps=2, model_channels=8, channel_mult=[1, 2], attn_resolutions=[]), **sizes}
-    model = cls(arch_name="medsegdiff_flow", **sizes)
+    usual = dict(image_size=16, patch_plan=[[16, 2]], timesteps=2, model_channels=8, channel_mult=[1, 2], attn_resolutions=[])
+    model = cls(arch_name="medsegdiff_flow", **{**usual, **sizes})
     if wake:
         for head in film_of(model).heads:
             torch.nn.init.normal_(head.mlp[2].weight, std=0.5)
@@ -63,8 +66,9 @@ class Seeds(L.Callback):
         torch.manual_seed(1000 + 10 * trainer.current_epoch + batch_idx)
 
 def trainer(epochs, *callbacks, **options):
-    return L.Trainer(max_epochs=epochs, **{**dict(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
-                     enable_checkpointing=False, callbacks=[Seeds(), *callbacks], default_root_dir=ROOT), **options})
+    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+    usual = dict(accelerator="cpu", devices=1, callbacks=[Seeds(), *callbacks], default_root_dir=ROOT)
+    return L.Trainer(max_epochs=epochs, **{**quiet, **usual, **options})
 
 def features_of(batch):
     from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
@@ -121,10 +125,10 @@ def resume(mode):
     whole = trainer(2)
     whole.fit(straight, *loaders())
     first = build(cls, wake=False)
-    half = trainer(1, enable_checkpointing=True, callbacks=[Seeds(), L.callbacks.ModelCheckpoint(f"{ROOT}/{mode}", save_last=True, save_top_k=0)])
+    half = trainer(1, L.callbacks.ModelCheckpoint(f"{ROOT}/{mode}", save_last=True, save_top_k=0), enable_checkpointing=True)
     half.fit(first, *loaders())
     saved = by_name(first, half.optimizers[0])
-    assert (f"unet.base_unet.vlm_film.heads.0.mlp.2.weight" in saved) == (mode != "off")
+    assert ("unet.base_unet.vlm_film.heads.0.mlp.2.weight" in saved) == (mode != "off")
     seen = []
     class Look(L.Callback):
         def on_train_start(self, trainer, model):
@@ -148,8 +152,8 @@ def resume_off(): resume("off")
 @scenario
 def resume_with_weights_only():
     model = build(start("on"))
-    checkpoints = [Seeds(), L.callbacks.ModelCheckpoint(f"{ROOT}/weights", save_last=True, save_top_k=0)]
-    trainer(1, enable_checkpointing=True, callbacks=checkpoints).fit(model, *loaders())
+    checkpoints = L.callbacks.ModelCheckpoint(f"{ROOT}/weights", save_last=True, save_top_k=0)
+    trainer(1, checkpoints, enable_checkpointing=True).fit(model, *loaders())
     trainer(2).fit(build(type(model), seed=1), *loaders(), ckpt_path=f"{ROOT}/weights/last.ckpt", weights_only=True)
 
 @scenario
@@ -157,7 +161,7 @@ def lr_find():
     from lightning.pytorch.tuner import Tuner
     model = build(start("on"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    run = trainer(1, limit_val_batches=0)
+    run = trainer(4, limit_val_batches=0)
     found = Tuner(run).lr_find(model, *loaders(), num_training=6, min_lr=1e-5, max_lr=1e-2, attr_name="learning_rate", update_attr=False)
     assert len(found.results["loss"]) >= 5 and all(loss == loss for loss in found.results["loss"])
     for name, value in model.state_dict().items():
@@ -168,7 +172,7 @@ def lr_find():
         def on_train_batch_start(self, trainer, model, batch, batch_idx): watch.batch = batch
     run.callbacks.append(Now())
     run.fit(model, *loaders())
-    assert watch.checked == 4 and run.global_step == 2
+    assert watch.checked == 4 * 2 * 2 and run.global_step == 4 * 2
 
 def predictor(mode, is_published):
     cls = start(mode)
@@ -263,7 +267,7 @@ def an_explicit_batch_inside_a_step():
     cls = start("on")
     model = build(cls)
     first, second = loaders()[0]
-    watch, used = Watch(model), []
+    watch = Watch(model)
     watch.batch = first
     with vlmfilm_plugin.running_batch(first, phase="train", value_range=(-1, 1), step=0):
         model.unet(torch.randn(2, 1, 16, 16), torch.rand(2), torch.randn(2, 1, 16, 16))
@@ -311,8 +315,14 @@ def precision(name, dtype, names=True):
     for head in film_of(model).heads:
         head.register_forward_hook(lambda m, a, y: gammas.extend(value.dtype for value in y))
     before = {n: p.detach().clone() for n, p in film_of(model).named_parameters()}
-    # This host's time embedding is float32 whatever its weights are.
+    # Two layers of this host know no bfloat16: its time embedding, and its Fourier transform.
     unet.time_mlp[1].register_forward_pre_hook(lambda m, a: (a[0].to(m.weight.dtype),))
+    fourier = type(unet.conditioners[0])
+    forward = fourier.forward
+    def in_full_precision(self, x, c):
+        self.float()
+        return forward(self, x.float(), c.float()).to(x.dtype)
+    fourier.forward = in_full_precision
     train, val = loaders()
     if not names:
         # No name and no file: the image itself, in whatever dtype Lightning made it, is the key and what is encoded.
@@ -337,7 +347,7 @@ def bf16_true(): precision("bf16-true", torch.bfloat16)
 def bf16_true_without_names(): precision("bf16-true", torch.bfloat16, names=False)
 
 @scenario
-def double(): 
+def double():
     model = build(start("on"))
     trainer(1, precision="64-true").fit(model, *loaders())
     assert {p.dtype for p in model.parameters()} == {torch.float64}, "64-true leaves FiLM behind"
@@ -350,8 +360,9 @@ def forked(mode):
         def on_train_end(self, trainer, model):
             after = dict(film_of(model).named_parameters())
             copies = {n: trainer.strategy.all_gather(p.detach()) for n, p in model.named_parameters()}
-            facts = {"rank": trainer.global_rank, "steps": trainer.global_step, "moved": sum(not torch.equal(after[n], before[n]) for n in after),
-                     "same": all(torch.equal(c[0], c[1]) for c in copies.values()), "films": len(after)}
+            moved = sum(not torch.equal(after[n], before[n]) for n in after)
+            same = all(torch.equal(c[0], c[1]) for c in copies.values())
+            facts = {"rank": trainer.global_rank, "steps": trainer.global_step, "moved": moved, "same": same, "films": len(after)}
             with open(f"{ROOT}/{name}-{trainer.global_rank}", "w") as file:
                 json.dump(facts, file)
     trainer(3, Ranks(), strategy="ddp_fork", devices=2, num_sanity_val_steps=0 if mode == "shuffle" else 2,
@@ -383,3 +394,79 @@ def verdicts(stand_in: StandIn) -> dict[str, str]:
     (root / "stderr").write_text(result.stderr)
     lines = [line.split(" ", 1)[1] for line in succeed(result).splitlines() if line.startswith("VERDICT ")]
     return dict(json.loads(line) for line in lines)
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_the_hosts_own_script_trains_with_ddp_in_two_processes(stand_in: StandIn, mode: str) -> None:
+    name = f"ddp-{mode}"
+    settings = {"accelerator": "cpu", "devices": 2, "gradient_clip_val": 1.0, "limit_train_batches": 1, "limit_val_batches": 1}
+    config = stand_in.config(name, {"image_size": 16, "patch_plan": [[16, 2]]}, trainer=settings, debug=True)
+    cache = str(stand_in.root / f"cache-{name}")
+    output = succeed(python("scripts/train.py", "--config", config, cwd=stand_in.repo, VLM_FILM_MODE=mode, VLM_FILM_CACHE_DIR=cache, **SETTINGS))
+    assert len(re.findall(r"^\[VLM\] FiLM attached", output, re.MULTILINE)) == 1, "rank 0 alone speaks"
+    checkpoint = torch.load(stand_in.checkpoint(name), weights_only=False)
+    assert checkpoint["global_step"] == 2 and checkpoint["vlm_film"]["mode"] == mode
+    last = [value for key, value in checkpoint["state_dict"].items() if ".vlm_film.heads." in key and key.endswith("mlp.2.weight")]
+    assert len(last) == 2 and all(bool(value.any()) == (mode == "on") for value in last)
+    # Both ranks encoded: each has a training batch of its own, of the four images.
+    assert Path(cache).exists() == (mode == "on")
+
+
+@pytest.mark.parametrize("mode", ["on", "off", "shuffle"])
+def test_forked_ddp_from_an_activated_process_keeps_the_ranks_equal(verdicts: dict[str, str], mode: str) -> None:
+    assert verdicts[f"forked_{mode}"] == "ok"
+
+
+def test_sanity_validation_comes_first_and_limits_hold(verdicts: dict[str, str]) -> None:
+    assert verdicts["sanity_and_limits"] == "ok"
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_one_epoch_and_a_resumed_one_equal_two_straight_bit_for_bit_with_optimizer_state_by_name(verdicts: dict[str, str], mode: str) -> None:
+    assert verdicts[f"resume_{mode}"] == "ok"
+
+
+def test_a_film_run_resumes_from_a_checkpoint_that_is_read_with_weights_only(verdicts: dict[str, str]) -> None:
+    assert verdicts["resume_with_weights_only"] == "ok"
+
+
+def test_the_learning_rate_finder_runs_and_restores_every_weight(verdicts: dict[str, str]) -> None:
+    assert verdicts["lr_find"] == "ok"
+
+
+def test_predicting_needs_a_published_batch_and_says_so(verdicts: dict[str, str]) -> None:
+    assert verdicts["predict_published"] == "ok"
+    assert verdicts["predict_unpublished"] == "ok"
+
+
+def test_predicting_in_mode_off_needs_no_condition(verdicts: dict[str, str]) -> None:
+    assert verdicts["predict_off"] == "ok"
+
+
+def test_several_optimizer_steps_in_one_training_step_see_no_stale_gamma(verdicts: dict[str, str]) -> None:
+    assert verdicts["manual_optimization"] == "ok"
+
+
+def test_an_evaluation_after_an_optimizer_step_of_the_same_batch_sees_no_stale_gamma(verdicts: dict[str, str]) -> None:
+    assert verdicts["manual_optimization_with_a_teacher_in_evaluation"] == "ok"
+
+
+def test_weights_swapped_between_two_evaluations_of_one_batch_are_the_ones_used(verdicts: dict[str, str]) -> None:
+    assert verdicts["weights_swapped_in_a_validation_step"] == "ok"
+
+
+def test_a_batch_published_inside_another_conditions_its_own_forwards_or_is_refused(verdicts: dict[str, str]) -> None:
+    assert verdicts["an_explicit_batch_inside_a_step"] == "ok"
+
+
+def test_gradients_accumulated_over_different_batches_are_their_sum(verdicts: dict[str, str]) -> None:
+    assert verdicts["accumulation"] == "ok"
+
+
+@pytest.mark.parametrize("name", ["bf16_mixed", "bf16_true", "bf16_true_without_names"])
+def test_in_bfloat16_heads_keep_full_precision_and_blocks_keep_their_dtype(verdicts: dict[str, str], name: str) -> None:
+    assert verdicts[name] == "ok"
+
+
+def test_double_precision_takes_film_along(verdicts: dict[str, str]) -> None:
+    assert verdicts["double"] == "ok"
