@@ -162,10 +162,16 @@ class RunningBatch:
     def _shuffle(self, source: FeatureSource, keys: list[str], features: Tensor) -> tuple[Tensor, list[int]]:
         """Return features of other images: permuted by the step alone, or, where all rows have one image's, another's from the store."""
         step = self.step or 0
-        if len(set(keys)) > 1:
-            permutation = derangement(len(keys), step)
-            self._runtime.diagnostics.shuffled(self.phase, self.epoch, permutation.tolist())
-            return features[permutation], permutation.tolist()
+        images: dict[str, int] = {}
+        for row, key in enumerate(keys):
+            images.setdefault(key, row)
+        if len(images) > 1:
+            # Images, not rows, change places: a row must not get the feature of another crop of its own image.
+            first = list(images.values())
+            place = {key: first[other] for key, other in zip(images, derangement(len(images), step).tolist(), strict=True)}
+            permutation = [place[key] for key in keys]
+            self._runtime.diagnostics.shuffled(self.phase, self.epoch, permutation)
+            return features[permutation], permutation
         drawn = source.another(keys[0], step * 1_000_003 + (self.batch_idx or 0))
         if drawn is None:
             raise ConditionError(

@@ -343,3 +343,21 @@ print("READS", json.dumps(len(reads)))
     found = [json.loads(line.removeprefix("READS ")) for line in output.splitlines() if line.startswith("READS ")]
     # The logged step proves that the watch sees reads at all.
     assert found[0] == [] and found[1] > 10
+
+
+def test_shuffled_rows_of_one_image_never_get_its_own_feature(stand_in: StandIn) -> None:
+    run(
+        stand_in,
+        """
+model = flow()
+film = model.unet.base_unet.vlm_film
+for step in range(4):
+    type(model).global_step = property(lambda self: step)
+    used.clear()
+    model.training_step(batch_of([files[0], files[0], files[1], files[0]]), 0)
+    own, other = (expected(film, [f], 0)[0][0] for f in files[:2])
+    wanted = [other, other, own, other]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(used[0][0], wanted, strict=True))
+""",
+        "shuffle",
+    )
