@@ -387,3 +387,44 @@ def test_a_deepcopy_recomputes_with_its_own_heads(use_reentrant: bool) -> None:
     b.sum().backward()
     assert all(parameter.grad is None for parameter in handle.unet.parameters())
     assert all(parameter.grad is not None for parameter in twin.parameters())
+
+
+class _OwnCheckpoint(torch.autograd.Function):
+    """A checkpoint of the guided-diffusion kind: inputs and parameters go in, the forward runs again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, count: int, *args: Tensor) -> Tensor:
+        ctx.run, ctx.inputs, ctx.parameters = run, args[:count], args[count:]
+        with torch.no_grad():
+            return run(*ctx.inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        inputs = [x.detach().requires_grad_(True) for x in ctx.inputs]
+        with torch.enable_grad():
+            output = ctx.run(*[x.view_as(x) for x in inputs])
+        found = torch.autograd.grad(output, [*inputs, *ctx.parameters], gradients, allow_unused=True)
+        return (None, None, *found)
+
+
+def test_a_block_that_checkpoints_inside_its_own_forward_is_modulated_outside_of_it() -> None:
+    def wrap(unet: SmallUNet) -> SmallUNet:
+        for stage in unet.ups:
+            inner = stage[1].forward
+            stage[1].forward = lambda x, t, inner=inner, block=stage[1]: _OwnCheckpoint.apply(inner, 2, x, t, *block.parameters())
+        return unet
+
+    results = []
+    for is_wrapped in (False, True):
+        torch.manual_seed(0)
+        unet = SmallUNet().double()
+        handle = attach(wrap(unet) if is_wrapped else unet, feature_dim=3, cond_dim=4)
+        randomise(handle.film)
+        losses = []
+        for seed in range(2):
+            with handle.condition(features(2, seed)):
+                losses.append(unet(*inputs(2, seed=seed, dtype=torch.float64)).square().sum() * (seed + 1))
+        sum(losses).backward()  # type: ignore[union-attr]
+        results.append({name: parameter.grad for name, parameter in unet.named_parameters()})
+    assert results[0]["vlm_film.image_to_cond.proj.weight"].norm() > 0
+    assert all(torch.allclose(results[0][name], gradient, rtol=1e-10, atol=1e-12) for name, gradient in results[1].items())

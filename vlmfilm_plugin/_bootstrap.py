@@ -104,7 +104,9 @@ class Activation:
 
         if module.__name__ not in self.late:
             return
-        built = [type(item).__name__ for item in gc.get_objects() if isinstance(item, tuple(unet.cls for unet in spec.unets))] if spec.unets else []
+        # By type: `isinstance` would ask every proxy in the process for its class.
+        classes = tuple(unet.cls for unet in spec.unets)
+        built = [type(item).__name__ for item in gc.get_objects() if issubclass(type(item), classes)] if classes else []
         if built:
             from vlmfilm_plugin.errors import HostError
 
