@@ -418,7 +418,7 @@ def test_a_block_that_checkpoints_inside_its_own_forward_is_modulated_outside_of
     for is_wrapped in (False, True):
         torch.manual_seed(0)
         unet = SmallUNet().double()
-        handle = attach(wrap(unet) if is_wrapped else unet, feature_dim=3, cond_dim=4)
+        handle = attach(wrap(unet) if is_wrapped else unet, feature_dim=FEATURES, cond_dim=4)
         randomise(handle.film)
         losses = []
         for seed in range(2):

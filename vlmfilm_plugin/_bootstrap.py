@@ -11,9 +11,11 @@ import atexit
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -45,12 +47,28 @@ class Activation:
         self.mode: str | None = None
         self.seen: dict[str, str] = {}
         self.late: set[str] = set()
+        self._is_watching = False
         self._registry: AdapterRegistry | None = None
         self._runtime: Runtime | None = None
         try:
             self.mode = read_mode(self.environ)
         except VlmFilmError as error:
             self.error = error
+
+    def watch(self) -> None:
+        """Watch every host module that an adapter names; what is imported already is patched now. Done once, unless it was refused."""
+        if self._is_watching:
+            return
+        adapters: dict[str, list[EntryPoint]] = {}
+        for entry in entry_points(group=ENTRY_POINTS):
+            adapters.setdefault(entry.name, []).append(entry)
+        for name in adapters:
+            if name in sys.modules and not _is_initialising(sys.modules[name]):
+                self.late.add(name)
+        for name, entries in adapters.items():
+            when_ready(name, partial(self.host_imported, entries))
+        sys.meta_path.insert(0, _ReloadFinder({name: partial(self.host_imported, entries) for name, entries in adapters.items()}))
+        self._is_watching = True
 
     @property
     def runtime(self) -> Runtime:
@@ -144,19 +162,19 @@ def activate() -> Activation:
     `vlmfilm_plugin.activate()`. Relative paths of settings are relative to the working directory of this moment.
     """
     global _activation
-    if _activation is not None:
-        return _activation
-    _activation = Activation()
-    if _activation.error is not None:
-        _say(" ".join(str(_activation.error).split()))
-    adapters: dict[str, list[EntryPoint]] = {}
-    for entry in entry_points(group=ENTRY_POINTS):
-        adapters.setdefault(entry.name, []).append(entry)
-    atexit.register(_activation.report_at_exit)
-    for name, entries in adapters.items():
-        if name in sys.modules and not _is_initialising(sys.modules[name]):
-            _activation.late.add(name)
-        when_ready(name, partial(_activation.host_imported, entries))
+    if _activation is None:
+        _activation = Activation()
+        if _activation.error is not None:
+            _say(" ".join(str(_activation.error).split()))
+        atexit.register(_activation.report_at_exit)
+    elif (now := os.environ.get(MODE_VARIABLE, _activation.environ.get(MODE_VARIABLE))) != _activation.environ.get(MODE_VARIABLE):
+        raise SettingsError(
+            f"{MODE_VARIABLE} was changed after VLM-FiLM was activated",
+            {"found": repr(now), "expected": f"{_activation.environ.get(MODE_VARIABLE)!r}, as at activation"},
+            "restart the process (the notebook's kernel) with the mode you want",
+        )
+    # After an activation that was refused this tries again, with the same state.
+    _activation.watch()
     return _activation
 
 
@@ -197,6 +215,33 @@ def when_done(module: ModuleType, callback: Callable[[ModuleType], None]) -> Non
         _at_end_of_execution(module, callback)
     else:
         callback(module)
+
+
+class _ReloadFinder(MetaPathFinder):
+    """Call back when a watched module has been executed again by `importlib.reload`: its classes are new and not patched yet.
+
+    wrapt's hooks run at the first import alone. Only a reload hands the module itself to `find_spec`; every other search is left alone.
+    """
+
+    def __init__(self, callbacks: Mapping[str, Callable[[ModuleType], None]]) -> None:
+        self._callbacks = callbacks
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        callback = self._callbacks.get(fullname)
+        if target is None or callback is None:
+            return None
+        specs = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in specs if spec is not None), None)
+        loader: Any = spec.loader if spec is not None else None
+        if loader is not None:
+            execute = loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                callback(module)
+
+            loader.exec_module = exec_module
+        return spec
 
 
 def _is_initialising(module: ModuleType) -> bool:

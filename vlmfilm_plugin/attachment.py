@@ -219,7 +219,13 @@ def _build(architecture: Architecture, mode: str, unet: nn.Module) -> FilmModule
 def _mutate(unet: nn.Module, film: FilmModule, condition: str | None) -> list[Callable[[], None]]:
     undo: list[Callable[[], None]] = []
     unet.add_module(ATTRIBUTE, film)
-    undo.append(lambda: delattr(unet, ATTRIBUTE))
+
+    def take_out() -> None:
+        film.is_removed = True
+        # Someone may have taken the module out by hand already.
+        unet._modules.pop(ATTRIBUTE, None)
+
+    undo.append(take_out)
     modules = dict(unet.named_modules())
     handles = [
         unet.register_forward_pre_hook(OpenFrame(list(inspect.signature(type(unet).forward).parameters)[1:], condition), with_kwargs=True),

@@ -42,6 +42,7 @@ class RunningBatch:
         self.image = image_of(batch)
         self._features: dict[Any, Tensor] = {}
         self._kept: dict[Any, Frame] = {}
+        self._witnesses: dict[int, list[Tensor]] = {}
         self._index: dict[Any, Tensor | None] = {}
         self._mapped_condition: Tensor | None = None
         self._recorded: set[str] = set()
@@ -62,6 +63,7 @@ class RunningBatch:
         features = self._features_for(film, x.device)
         if film.training or torch.is_grad_enabled():
             return Frame(film, features, index, recorder=self._recorder(film), gate=gate)
+        self._forget_if_changed(film)
         key = (id(film), x.shape[0], x.device, id(index))
         if key not in self._kept:
             shared = next((frame.shared for (owner, *_), frame in self._kept.items() if owner == id(film)), {})
@@ -70,6 +72,19 @@ class RunningBatch:
         frame.recorder, frame.gate = self._recorder(film), gate
         frame.ran.clear()
         return frame
+
+    def _forget_if_changed(self, film: FilmModule) -> None:
+        """Forget what was kept for a UNet whose FiLM weights changed inside the batch, such as by an EMA swapped in for one forward.
+
+        A swap through `.data` leaves no trace but the values themselves. On an accelerator they cannot be compared without a
+        synchronisation, so nothing is kept there: gamma and beta are a few small kernels a forward.
+        """
+        known, now = self._witnesses.get(id(film)), film.witnesses()
+        if now[0].device.type == "cpu" and known is not None and all(map(torch.equal, known, now)):
+            return
+        for key in [key for key in self._kept if key[0] == id(film)]:
+            del self._kept[key]
+        self._witnesses[id(film)] = [witness.detach().clone() for witness in now]
 
     def _gate(self, film: FilmModule, x: Tensor, image: Tensor | None) -> Tensor | None:
         settings = self._runtime.settings

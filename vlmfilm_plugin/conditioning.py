@@ -198,6 +198,12 @@ def bind(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def rerun(*args: P.args, **kwargs: P.kwargs) -> R:
+        if any(frame.film.is_removed for frame in bound):
+            raise ConditionError(
+                "a block is run again in backward(), but FiLM was removed from its UNet in between",
+                {"expected": "backward() before `handle.remove()`"},
+                "call backward() first",
+            )
         outer, _stacks.frames = _stacks.frames, list(bound)
         try:
             return function(*args, **kwargs)

@@ -58,6 +58,7 @@ class FilmModule(nn.Module):
         super().__init__()
         self.architecture, self.mode = architecture, mode
         self.family = uuid.uuid4().hex
+        self.is_removed = False
         a = architecture
         if a.is_text:
             self.text_to_cond = TextToConditionVector(a.feature_dim, a.cond_dim, a.hidden_dim)
@@ -75,6 +76,12 @@ class FilmModule(nn.Module):
         projection = self.text_to_cond if self.architecture.is_text else self.image_to_cond
         cond_vec: Tensor = projection(features)
         return cond_vec
+
+    def witnesses(self) -> list[Tensor]:
+        """Return small parameters, one of each layer group, that change whenever the weights are changed as a whole."""
+        projection = self.text_to_cond.mlp[2] if self.architecture.is_text else self.image_to_cond.proj
+        biases: list[Any] = [projection.bias, *(head.mlp[2].bias for head in self.heads)]  # type: ignore[union-attr,index]
+        return biases
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move with the UNet, but keep full precision: `unet.half()` would round gamma = 1.0003 to 1."""

@@ -96,8 +96,10 @@ def patch_host(module: ModuleType, spec: HostSpec, runtime: Runtime) -> None:
         _once(sources.cls, "sources", lambda sources=sources: _patch_sources(sources, runtime))  # type: ignore[misc]
     for name in spec.recompute:
         # `from torch.utils import checkpoint` would be a module: its calls are not seen, and a recomputed block then raises.
-        if inspect.isroutine(vars(module).get(name)):
-            _once(module, f"recompute {name}", lambda name=name: _patch_recompute(module, name))  # type: ignore[misc]
+        function = vars(module).get(name)
+        # By the function itself: a reload puts a plain one in the place of ours and keeps every other name of the module.
+        if inspect.isroutine(function) and not isinstance(function, wrapt.FunctionWrapper):
+            _patch_recompute(module, name)
 
 
 def _once(owner: Any, what: str, patch: Callable[[], None]) -> None:

@@ -5,6 +5,7 @@ Holds mode, settings, feature sources and diagnostics. Adapters describe, `hosts
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,6 +109,13 @@ class Runtime:
         if hasattr(unet, ATTRIBUTE):
             return None
         settings = self.settings
+        now = os.environ.get(MODE_VARIABLE, self.mode)
+        if now != self.mode:
+            raise SettingsError(
+                f"{MODE_VARIABLE} was changed after VLM-FiLM was activated",
+                {"found": repr(now), "expected": f"{self.mode!r}, as at activation"},
+                "restart the process (the notebook's kernel) with the mode you want",
+            )
         handle = install(unet, settings, self.mode, targets=spec.targets, channels=spec.channels, condition=spec.condition)
         self.attached += 1
         stages = ", ".join(f"{stage.index} ({stage.path}, {stage.channels})" for stage in handle.stages)
@@ -173,9 +181,9 @@ class Runtime:
     ) -> Iterator[None]:
         """Publish the running batch: UNet forwards inside the block are conditioned on its images.
 
-        A batch that is published already wins: a caller's own, or that of an outer step.
+        A host's step (`owner`) leaves a batch that is published already in force: a caller's own, or that of an outer step.
         """
-        if conditioning.is_batch_in_force():
+        if owner is not None and conditioning.is_batch_in_force():
             yield
             return
         if phase not in PHASES:
