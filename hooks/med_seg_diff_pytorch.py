@@ -26,8 +26,13 @@ def vlmfilm_host(module: ModuleType) -> HostSpec | None:
         return None
     if not hasattr(diffusion, "sample"):
         return None
-    steps = Steps(cls=diffusion, phases={"forward": "train", "sample": "test"}, value_range=(0.0, 1.0), batch=batch_of)
+    steps = Steps(cls=diffusion, phases={"forward": phase_of_loss, "sample": "test"}, value_range=(0.0, 1.0), batch=batch_of)
     return HostSpec(name=NAME, unets=[UNet(cls=unet, targets=TARGETS)], models=[diffusion], steps=[steps])
+
+
+def phase_of_loss(diffusion: Any) -> str:
+    """Return the phase of a call that computes the loss: a model in eval mode validates."""
+    return "train" if diffusion.training else "val"
 
 
 def batch_of(arguments: Mapping[str, Any]) -> Mapping[str, Any]:

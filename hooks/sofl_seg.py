@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from vlmfilm_plugin.errors import HostError
+from vlmfilm_plugin.errors import HostError, SettingsError
 from vlmfilm_plugin.hookspecs import Config, HostSpec, Listing, RowView, SourceImage, Sources, Steps, UNet, hookimpl
 
 NAME = "sofl-seg"
@@ -44,6 +44,9 @@ def vlmfilm_listing(config: Mapping[str, Any], splits: Sequence[str]) -> Listing
 
 def _split_folders(data: Mapping[str, Any], split: str) -> list[str]:
     names = [name for name in data if isinstance(name, str) and name.startswith(f"{split}_") and name.endswith("_dir")]
+    wrong = [name for name in names if data[name] and not isinstance(data[name], str)]
+    if wrong:
+        raise HostError(f"cannot list the images of {split}", {"found": f"data.{wrong[0]}: {data[wrong[0]]!r}", "expected": "a folder"}, "correct it")
     return [data[name] for name in names if data[name]]
 
 
@@ -113,7 +116,11 @@ def read_sources(dataset: Any) -> list[tuple[str, str]]:
 def read_config(arguments: Mapping[str, Any]) -> Mapping[str, object]:
     """Return the FiLM settings of the YAML's `model:` block."""
     model = arguments["config"].get("model") or {}
-    settings = dict(model.get("vlm_film_config") or {})
+    given = model.get("vlm_film_config") or {}
+    if not isinstance(given, Mapping):
+        facts = {"found": f"{given!r}   (from model.vlm_film_config)", "expected": "a mapping of setting names to values"}
+        raise SettingsError("cannot use the host's FiLM settings", facts, "write one `name: value` a line below `vlm_film_config:`")
+    settings = dict(given)
     settings.update({name: model[name] for name in ("use_vlm_film", "vlm_film_decoder_stages") if name in model})
     return settings
 

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vlmfilm_plugin.encoders import Encoder, build_encoder, encode_annotated
+from vlmfilm_plugin.encoders import Encoder, _digest, build_encoder, encode_annotated
 from vlmfilm_plugin.encoders import _loading as loading
+from vlmfilm_plugin.encoders._digest import folder_digest
 from vlmfilm_plugin.encoders._outputs import image_tokens
 from vlmfilm_plugin.encoders._weights import WeightFiles, find_prefix
 from vlmfilm_plugin.encoders.qwen2_5_vl import QwenImageEncoder, QwenTextEncoder, QwenVLMTextGenerator
@@ -324,15 +325,26 @@ def test_hub_models_are_identified_by_name_and_commit() -> None:
     assert loading.model_facts(settings, SimpleNamespace(_commit_hash=None)) == {"model": "some/model", "revision": "main"}
 
 
-def test_a_weight_file_is_sampled_to_its_last_byte(tmp_path: Path) -> None:
+def test_any_byte_of_a_weight_file_changes_the_identity(tmp_path: Path) -> None:
     digests = set()
-    for position in (None, 0, 65535, -1, -65536):
+    for position in (None, 0, 65535, 1_234_567, -1, -65536):
         content = bytearray(3_000_000)
         if position is not None:
             content[position] = 1
         (tmp_path / "model.safetensors").write_bytes(content)
-        digests.add(loading._folder_digest(tmp_path))
-    assert len(digests) == 5
+        digests.add(folder_digest(tmp_path, str(tmp_path / "cache")))
+    assert len(digests) == 6
+
+
+def test_a_weight_file_is_read_once_and_its_digest_is_kept_for_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    first = folder_digest(tmp_path, str(tmp_path / "cache"))
+    monkeypatch.setattr(_digest, "_known", {})  # as a new process would have it
+    monkeypatch.setattr(_digest, "_file_digest", None)
+    assert folder_digest(tmp_path, str(tmp_path / "cache")) == first
+    monkeypatch.undo()
+    (tmp_path / "cache" / _digest.MEMORY).write_text("not json")
+    assert folder_digest(tmp_path, str(tmp_path / "cache")) == first
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,9 @@ class Activation:
         if multiprocessing.parent_process() is not None:
             # A DataLoader's worker imports the host for its data sets alone.
             return
+        if isinstance(getattr(sys, "last_value", None), VlmFilmError):
+            # The run ended with an error of ours, which says what is wrong; this would bury it.
+            return
         is_attached = self._runtime is not None and self._runtime.attached > 0
         if not self.seen or is_attached or any(fate.startswith("stopped") for fate in self.seen.values()):
             return

@@ -50,6 +50,9 @@ def export_adapter(checkpoint: str | Path, out: str | Path, layout: str = "own")
     metadata = content.get(METADATA) or {"architecture": _architecture(film), "settings": {}, "mode": None}
     tensors = to_port_layout(film) if layout == "port" else film
     # safetensors refuses views of shared memory, which a checkpoint of a tied copy may hold.
+    if not Path(out).parent.is_dir():
+        facts = {"found": f"no folder {Path(out).parent}", "expected": "a file in an existing folder"}
+        raise CheckpointError("cannot write the adapter", facts, "make the folder, or give another path")
     save_file(
         {name: value.contiguous().clone() for name, value in tensors.items()},
         str(out),

@@ -57,13 +57,16 @@ class FilmHandle:
         return self.film.architecture.feature_dim
 
     @contextmanager
-    def condition(self, features: Tensor | None = None, *, images: Sequence[Any] | None = None, gate: Tensor | Gate | None = None) -> Iterator[None]:
+    def condition(
+        self, features: Tensor | None = None, *, images: Sequence[Any] | None = None, gate: Tensor | Gate | None = None, step: int = 0
+    ) -> Iterator[None]:
         """Condition the UNet's forwards inside the block, one feature a row, or one for all rows.
 
         Args:
             features: (B, F), any float dtype, finite; used detached.
             gate: where FiLM acts: (R, 1, H, W) in [0, 1], or a function of the forward that returns it; None takes the setting
                 `spatial_gate`.
+            step: seeds the exchange of features in mode `shuffle`.
             images: B images instead: PIL images, paths, or arrays (H, W[, 3]), uint8, uint16 or float in [0, 1]; encoded and stored once.
 
         Raises:
@@ -88,7 +91,7 @@ class FilmHandle:
             features = torch.from_numpy(self._feature_source().of_images(images))
         check_features(features, self.feature_dim)
         gate = gate if gate is not None else find_gate(self.settings.spatial_gate, self.settings.origin("spatial_gate"))
-        with conditioning.in_force(ExplicitCondition(self.film.family, features.detach(), gate)):
+        with conditioning.in_force(ExplicitCondition(self.film.family, features.detach(), gate, step)):
             yield
 
     def _feature_source(self) -> FeatureSource:
@@ -152,6 +155,9 @@ def install(
         )
     if hasattr(unet, ATTRIBUTE):
         raise HostError(f"cannot attach FiLM to {owner}: it has an attribute {ATTRIBUTE!r} already", {}, "call `handle.remove()` first")
+    if not settings.use_vlm_film:
+        facts = {"found": f"use_vlm_film false   (from {settings.origin('use_vlm_film')})", "expected": "true"}
+        raise SettingsError(f"cannot attach FiLM to {owner}: the settings say not to", facts, "take `use_vlm_film` out")
     stages = _plan(unet, settings, targets, channels, owner)
     identity = None if feature_dim is not None else build_encoder(settings)
     architecture = Architecture(

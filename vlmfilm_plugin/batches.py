@@ -11,11 +11,11 @@ from torch import Tensor
 from vlmfilm_plugin.conditioning import Frame
 from vlmfilm_plugin.diagnostics import StageRecorder, StepFacts
 from vlmfilm_plugin.errors import ConditionError
-from vlmfilm_plugin.features import CacheStats, FeatureSource
+from vlmfilm_plugin.features import CacheStats, FeatureSource, Sample
 from vlmfilm_plugin.film_module import FilmModule
 from vlmfilm_plugin.gates import GateView, check_gate, find_gate
 from vlmfilm_plugin.hookspecs import RowMap, RowView
-from vlmfilm_plugin.permutation import derangement
+from vlmfilm_plugin.permutation import exchange
 from vlmfilm_plugin.settings import MODE_VARIABLE
 
 if TYPE_CHECKING:
@@ -50,6 +50,14 @@ class RunningBatch:
         self._facts: StepFacts | None = None
 
     is_for_all = True
+
+    def is_of(self, batch: Any) -> bool:
+        """Tell whether another batch has the very images of this one; on an accelerator, where values cannot be read, the same shape."""
+        image = image_of(batch)
+        if image is self.image or image.shape != self.image.shape:
+            return image is self.image
+        both_here = image.device.type == self.image.device.type == "cpu"
+        return not both_here or torch.equal(image.as_subclass(Tensor), self.image.as_subclass(Tensor))
 
     def serves(self, film: FilmModule) -> bool:
         return True
@@ -87,7 +95,7 @@ class RunningBatch:
         self._witnesses[id(film)] = [witness.detach().clone() for witness in now]
 
     def _gate(self, film: FilmModule, x: Tensor, image: Tensor | None) -> Tensor | None:
-        settings = self._runtime.settings
+        settings = self._runtime.settings_of(film)
         gate = find_gate(settings.spatial_gate, settings.origin("spatial_gate"))
         return None if gate is None else check_gate(gate(GateView(x, image, self._batch, self.phase)), x)
 
@@ -141,8 +149,8 @@ class RunningBatch:
         before = _copy(source.stats)
         samples = source.samples_of(self._batch, self.image, self._value_range, runtime.files)
         keys = [sample.key for sample in samples]
-        if self.phase == "train" and not all(sample.path for sample in samples):
-            runtime.warn_of_crops()
+        if not all(sample.path for sample in samples):
+            runtime.warn_of_tensors(self.phase)
         policy, is_train = runtime.policy_for(film), self.phase == "train"
         choice = policy.choose(keys, self.step, is_train)
         if choice.rows is None:
@@ -156,7 +164,7 @@ class RunningBatch:
             used = [sample.key for sample in chosen]
         permutation: list[int] | None = None
         if film.mode == "shuffle":
-            features, permutation = self._shuffle(source, used, features)
+            features, permutation = self._shuffle(source, samples, used, features)
         runtime.diagnostics.cache_stats(self.step, source.stats)
         self._facts = StepFacts(
             self.phase,
@@ -174,20 +182,14 @@ class RunningBatch:
         )
         return features
 
-    def _shuffle(self, source: FeatureSource, keys: list[str], features: Tensor) -> tuple[Tensor, list[int]]:
+    def _shuffle(self, source: FeatureSource, samples: list[Sample], keys: list[str], features: Tensor) -> tuple[Tensor, list[int]]:
         """Return features of other images: permuted by the step alone, or, where all rows have one image's, another's from the store."""
         step = self.step or 0
-        images: dict[str, int] = {}
-        for row, key in enumerate(keys):
-            images.setdefault(key, row)
-        if len(images) > 1:
-            # Images, not rows, change places: a row must not get the feature of another crop of its own image.
-            first = list(images.values())
-            place = {key: first[other] for key, other in zip(images, derangement(len(images), step).tolist(), strict=True)}
-            permutation = [place[key] for key in keys]
+        permutation = exchange(keys, step)
+        if permutation is not None:
             self._runtime.diagnostics.shuffled(self.phase, self.epoch, permutation)
             return features[permutation], permutation
-        drawn = source.another(keys[0], step * 1_000_003 + (self.batch_idx or 0))
+        drawn = source.another(samples[0], step * 1_000_003 + (self.batch_idx or 0), self._runtime.files)
         if drawn is None:
             raise ConditionError(
                 "cannot shuffle a batch of one image: the store holds no other image's feature",

@@ -190,6 +190,14 @@ def to_port_layout(state: Mapping[str, Any]) -> dict[str, Any]:
     if prefix is None:
         facts = {"keys": len(state), "expected": f"keys with {marker!r} in them"}
         raise CheckpointError("cannot write the port's layout: this state dict holds no FiLM", facts, "give the state dict of a FiLM run")
+    described = read_extra_state(state[f"{prefix}_extra_state"]) if f"{prefix}_extra_state" in state else {}
+    scales = {name: described.get(name) for name in ("gamma_scale", "beta_scale")}
+    if any(scale is not None for scale in scales.values()):
+        film_logger().warning(
+            "[VLM] WARNING: these heads are bounded (gamma_scale=%s, beta_scale=%s) and the port's layout does not say so: build the port's heads "
+            "with the same scales; this package reads the port's layout as unbounded",
+            *scales.values(),
+        )
     result: dict[str, Any] = {name: value for name, value in state.items() if marker not in name}
     for name, value in state.items():
         if name.startswith(prefix) and not name.endswith("_extra_state"):

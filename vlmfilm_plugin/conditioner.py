@@ -18,7 +18,7 @@ from vlmfilm_plugin.errors import ConditionError, FeatureError
 from vlmfilm_plugin.features import FeatureSource
 from vlmfilm_plugin.film import ImageToConditionVector, TextToConditionVector, modulate
 from vlmfilm_plugin.log import film_logger
-from vlmfilm_plugin.permutation import derangement, permutation_hash
+from vlmfilm_plugin.permutation import exchange, groups_of, permutation_hash
 from vlmfilm_plugin.policy import ConditionPolicy
 from vlmfilm_plugin.settings import read_mode, resolve
 
@@ -193,8 +193,11 @@ def apply_vlm_film(
         )
     permutation: list[int] | None = None
     if mode == "shuffle":
-        permutation = _permutation(x.shape[0], step if step is not None else getattr(module, "global_step", None))
-        _report_shuffle(permutation, module)
+        seed = step if step is not None else getattr(module, "global_step", None)
+        # Told apart by value: rows of one image must not exchange features with each other.
+        rows = exchange(groups_of(cond_vec), int(seed or 0))
+        permutation = rows if rows is not None else list(range(x.shape[0]))
+        _report_shuffle(permutation, module, rows is None)
         cond_vec = cond_vec[permutation]
     if mode == "off":
         gamma, beta = x.new_ones(x.shape[0], x.shape[1], 1, 1), x.new_zeros(x.shape[0], x.shape[1], 1, 1)
@@ -240,14 +243,10 @@ def _head_of(heads: nn.ModuleList | None, stage_idx: int, module: Any) -> nn.Mod
 _reported_epochs: dict[type, object] = {}
 
 
-def _report_shuffle(permutation: list[int], module: Any) -> None:
-    """Write `[FILM-SHUFFLE]` once an epoch."""
+def _report_shuffle(permutation: list[int], module: Any, is_alone: bool) -> None:
+    """Write `[FILM-SHUFFLE]` once an epoch, and say so where there was nothing to shuffle."""
     epoch = getattr(module, "current_epoch", None)
     if _reported_epochs.get(type(module), _reported_epochs) != epoch:
         _reported_epochs[type(module)] = epoch
-        film_logger().info("[FILM-SHUFFLE] perm_first10=%s", permutation[:10])
-
-
-def _permutation(rows: int, step: int | None) -> list[int]:
-    permutation: list[int] = derangement(rows, int(step or 0)).tolist()
-    return permutation
+        note = " WARNING: all rows are of one image: nothing was shuffled, this equals mode on" if is_alone else ""
+        film_logger().info("[FILM-SHUFFLE] perm_first10=%s%s", permutation[:10], note)

@@ -151,9 +151,9 @@ def condition_for(film: FilmModule) -> Condition | None:
     return next((condition for condition in serving if not condition.is_for_all), serving[0] if serving else None)
 
 
-def is_batch_in_force() -> bool:
-    """Tell whether a whole batch is published on this thread: a condition that serves every UNet."""
-    return any(condition.is_for_all for condition in _stacks.conditions)
+def batch_in_force() -> Condition | None:
+    """Return the innermost published batch on this thread: a condition that serves every UNet."""
+    return next((condition for condition in reversed(_stacks.conditions) if condition.is_for_all), None)
 
 
 def push_frame(frame: Frame) -> None:

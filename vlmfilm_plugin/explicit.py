@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmfilm_plugin.conditioning import Frame
 from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.gates import Gate, GateView, check_gate
-from vlmfilm_plugin.permutation import derangement
+from vlmfilm_plugin.permutation import exchange, groups_of
 
 if TYPE_CHECKING:
     from vlmfilm_plugin.film_module import FilmModule
@@ -24,7 +24,18 @@ class ExplicitCondition:
     family: str
     features: Tensor
     gate: Tensor | Gate | None = None
+    step: int = 0
     is_for_all: bool = False
+
+    def _shuffled(self) -> Tensor:
+        rows = exchange(groups_of(self.features), self.step)
+        if rows is None:
+            raise ConditionError(
+                "cannot shuffle the given features: they are of one image",
+                {"features": tuple(self.features.shape), "expected": "features of two images or more"},
+                "give the features of several images, or use mode on",
+            )
+        return self.features[rows]
 
     def serves(self, film: FilmModule) -> bool:
         return film.family == self.family
@@ -39,9 +50,8 @@ class ExplicitCondition:
                 {"features": given, "rows": rows, "expected": "one feature for each row, or one for all"},
                 "repeat the features as the rows are repeated, e.g. features.repeat_interleave(num_patches, dim=0)",
             )
-        features = self.features.to(x.device)
-        if film.mode == "shuffle" and given > 1:
-            features = features[derangement(given, 0).to(x.device)]
+        features = self._shuffled() if film.mode == "shuffle" else self.features
+        features = features.to(x.device)
         gate = self.gate(GateView(x, image)) if callable(self.gate) else self.gate
         index = None if given == rows else torch.zeros(rows, dtype=torch.long, device=x.device)
         return Frame(film, features, index, gate=None if gate is None else check_gate(gate, x))

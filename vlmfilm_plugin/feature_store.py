@@ -44,11 +44,15 @@ WIDTH = "SELECT width FROM features WHERE namespace = ? AND length(data) = width
 
 @dataclass(frozen=True)
 class SourceStamp:
-    """What a source file was when its feature was made: bytes, modification time in ns, blake2b-128 of the content."""
+    """What a source file was when its feature was made: bytes, modification time in ns, blake2b-128 of the content, and its place.
+
+    The place names the absolute path: two files of one name, size and time are told apart by it without being read.
+    """
 
     size: int
     mtime_ns: int
     digest: str
+    place: str | None = None
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> SourceStamp:
@@ -66,7 +70,7 @@ class SourceStamp:
         except OSError as error:
             facts = {"file": path, "system said": error.strerror or str(error), "expected": "a readable file"}
             raise ImageReadError(f"cannot read image {path}", facts, "correct the path, or restore the file") from error
-        return cls(status.st_size, status.st_mtime_ns, state.hexdigest())
+        return cls(status.st_size, status.st_mtime_ns, state.hexdigest(), place_of(path))
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +114,9 @@ class FeatureStore:
         return type(self), (str(self.path.parent), self.embedding_dtype)
 
     def read(self, identity: Identity, keys: Sequence[str]) -> dict[str, StoredFeature]:
-        """Return the stored features among `keys`, by key; a damaged row is left out with a warning.
+        """Return the stored features among `keys`, by key.
+
+        A damaged row is left out with a warning; one that was stored as float16 is left out where float32 is asked for.
 
         Shape:
             feature: (F,) float32, writable.
@@ -128,6 +134,9 @@ class FeatureStore:
                     feature = decode(row)
                     if feature is None:
                         logger.warning("[VLM] damaged feature left out: key %r in %s", raw[row[0]], self.path)
+                        continue
+                    if row[4] == "float16" and self.embedding_dtype == "float32":
+                        # Asked for full precision: a rounded row would pass for it.
                         continue
                     found[raw[row[0]]] = StoredFeature(raw[row[0]], feature, stamp_of(row), row[9])
         return found
@@ -178,7 +187,7 @@ class FeatureStore:
         # SQLite's text has no lone surrogates; a note is for people to read.
         note = None if row.note is None else row.note.encode("utf-8", "replace").decode()
         key, data = key_to_bytes(row.key), kept.tobytes()
-        stamp = (row.stamp.size, row.stamp.mtime_ns, row.stamp.digest) if row.stamp else (None, None, None)
+        stamp = (row.stamp.size, row.stamp.mtime_ns, _digest_and_place(row.stamp)) if row.stamp else (None, None, None)
         return (key, *stamp, self.embedding_dtype, kept.size, data, checksum(key, data, note), time.time(), note)
 
 
@@ -212,7 +221,19 @@ def decode(row: Row) -> np.ndarray[Any, Any] | None:
 
 def stamp_of(row: Row) -> SourceStamp | None:
     """Return the stamp of a row's source file, or None where it came from a tensor."""
-    return SourceStamp(row[1], row[2], row[3]) if row[3] is not None else None
+    if row[3] is None:
+        return None
+    digest, _, place = row[3].partition("@")
+    return SourceStamp(row[1], row[2], digest, place or None)
+
+
+def place_of(path: str | os.PathLike[str]) -> str:
+    """Return 16 hex digits that name the absolute path of a file."""
+    return hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).hexdigest()
+
+
+def _digest_and_place(stamp: SourceStamp) -> str:
+    return stamp.digest if stamp.place is None else f"{stamp.digest}@{stamp.place}"
 
 
 def checksum(key: bytes, data: bytes, note: str | None) -> int:

@@ -6,6 +6,7 @@ Owns the encoder, which therefore lives outside every module, state dict, optimi
 from __future__ import annotations
 
 import logging
+import random
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 from vlmfilm_plugin.cache_key import FINGERPRINT, cache_keys, content_keys, names_of, path_key, source_paths, split_of
 from vlmfilm_plugin.encoders.base import Encoder, build_encoder, encode_annotated
 from vlmfilm_plugin.errors import FeatureError, MissingFeatureError
-from vlmfilm_plugin.feature_store import FeatureStore, SourceStamp, StoredFeature
+from vlmfilm_plugin.feature_store import FeatureStore, SourceStamp, StoredFeature, place_of
 from vlmfilm_plugin.images import from_array, from_tensor, read_image
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.settings import Settings
@@ -84,6 +85,7 @@ class FeatureSource:
         self._epoch: int | None = None
         self._missed_before_epoch = 0
         self._settings: Settings | None = None
+        self._pool: list[str] | None = None
         self._memory: OrderedDict[str, StoredFeature] = OrderedDict()
         self._lock = threading.RLock()
 
@@ -201,16 +203,41 @@ class FeatureSource:
         keys = [content_keys(array[None], ["image"])[0] for array in arrays]
         return self.get([Sample(key, None, lambda picture=picture: picture) for key, picture in zip(keys, pictures, strict=True)])  # type: ignore[misc]
 
-    def another(self, key: str, seed: int) -> tuple[str, NDArray[np.float32]] | None:
-        """Return key and feature (F,) of another image than `key`, drawn by seed from the store; None where it holds no other."""
-        others = [other for other in self.store.keys(self.encoder.identity) if other != key]
-        if not others:
-            return None
+    def another(self, sample: Sample, seed: int, files: Mapping[str, Path | None]) -> tuple[str, NDArray[np.float32]] | None:
+        """Return key and feature (F,) of another image than `sample`, drawn by seed; None where no other is known.
+
+        Drawn from the files of the host's data sets, those of the same folder first: then the draw depends on seed and data set alone.
+        Where the host's data sets are not known, from what the store holds at the first draw. Another image has other bytes.
+        """
+        own = str(sample.path) if sample.path is not None else sample.key
+        named = sorted((name, path) for name, path in files.items() if path is not None and path != sample.path)
+        if sample.path is not None and named:
+            alike = [item for item in named if item[1].parent == sample.path.parent] or named
+            return self._draw_file(sample, alike, random.Random(f"{seed}:{own}"))
+        if self._pool is None:
+            self._pool = self.store.keys(self.encoder.identity)
+        split = sample.key.split(":", 1)[0]
+        others = [key for key in self._pool if key != sample.key]
         # Images of the same split first: their features come from the same distribution.
-        alike = [other for other in others if other.split(":", 1)[0] == key.split(":", 1)[0]] or others
-        chosen = alike[int(torch.randint(len(alike), (1,), generator=torch.Generator().manual_seed(seed)))]
-        stored = self.store.read(self.encoder.identity, [chosen]).get(chosen)
-        return None if stored is None else (chosen, np.asarray(stored.feature, dtype=np.float32))
+        candidates = [key for key in others if key.split(":", 1)[0] == split] or others
+        random.Random(f"{seed}:{own}").shuffle(candidates)
+        digest = SourceStamp.of(sample.path).digest if sample.path is not None else None
+        for key in candidates:
+            stored = self.store.read(self.encoder.identity, [key]).get(key)
+            if stored is not None and (digest is None or stored.stamp is None or stored.stamp.digest != digest):
+                return key, np.asarray(stored.feature, dtype=np.float32)
+        return None
+
+    def _draw_file(self, sample: Sample, files: list[tuple[str, Path]], draw: random.Random) -> tuple[str, NDArray[np.float32]] | None:
+        assert sample.path is not None
+        draw.shuffle(files)
+        digest = SourceStamp.of(sample.path).digest
+        for name, path in files:
+            if SourceStamp.of(path).digest != digest:
+                key = cache_keys({"name": [name]}, 1, dataset_root=self.dataset_root).keys[0]
+                other = Sample(key, path, lambda path=path: read_image(path))  # type: ignore[misc]
+                return key, self.get([other])[0]
+        return None
 
     def _from_memory(self, wanted: Mapping[str, Sample]) -> dict[str, StoredFeature]:
         found = {}
@@ -281,7 +308,7 @@ class FeatureSource:
 
 
 def _current(stored: StoredFeature, sample: Sample) -> StoredFeature | None:
-    """Return the stored feature when it was made from the file the sample names (by size and time, else by content), else None."""
+    """Return the stored feature when it was made from the file the sample names (by place, size and time, else by content), else None."""
     if sample.path is None or stored.stamp is None:
         return stored if sample.path is None and stored.stamp is None else None
     try:
@@ -289,11 +316,12 @@ def _current(stored: StoredFeature, sample: Sample) -> StoredFeature | None:
     except OSError:
         SourceStamp.of(sample.path)  # raises with the path and a fix
         raise
-    if (status.st_size, status.st_mtime_ns) == (stored.stamp.size, stored.stamp.mtime_ns):
+    is_same_place = stored.stamp.place == place_of(sample.path)
+    if is_same_place and (status.st_size, status.st_mtime_ns) == (stored.stamp.size, stored.stamp.mtime_ns):
         return stored
     if status.st_size != stored.stamp.size or (now := SourceStamp.of(sample.path)).digest != stored.stamp.digest:
         return None
-    # A copied data set: same bytes, other time. Remember the new time, or every step would read the file again.
+    # A copied data set: same bytes, other time or place. Remember the new ones, or every step would read the file again.
     return replace(stored, stamp=now)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import uuid
 from typing import Any
@@ -59,6 +60,8 @@ class FilmModule(nn.Module):
         self.architecture, self.mode = architecture, mode
         self.family = uuid.uuid4().hex
         self.is_removed = False
+        # A pickled model brings its mode along, into a process that may be asked for another one.
+        self.is_unpickled = False
         a = architecture
         if a.is_text:
             self.text_to_cond = TextToConditionVector(a.feature_dim, a.cond_dim, a.hidden_dim)
@@ -76,6 +79,17 @@ class FilmModule(nn.Module):
         projection = self.text_to_cond if self.architecture.is_text else self.image_to_cond
         cond_vec: Tensor = projection(features)
         return cond_vec
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        inherited: Any = super().__setstate__
+        inherited(state)
+        self.is_unpickled = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FilmModule:
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def witnesses(self) -> list[Tensor]:
         """Return small parameters, one of each layer group, that change whenever the weights are changed as a whole."""

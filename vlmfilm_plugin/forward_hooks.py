@@ -5,6 +5,7 @@ Instances, not closures: a deepcopied or unpickled UNet's hooks point at its own
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from vlmfilm_plugin import conditioning
 from vlmfilm_plugin.architecture import Stage
 from vlmfilm_plugin.conditioning import Frame
-from vlmfilm_plugin.errors import ConditionError, HostError
+from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
 from vlmfilm_plugin.film import modulate
 from vlmfilm_plugin.film_module import ATTRIBUTE, FilmModule
+from vlmfilm_plugin.settings import MODE_VARIABLE
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -52,6 +54,13 @@ class OpenFrame:
         conditioning.push_frame(frame)
 
     def _frame(self, unet: nn.Module, film: FilmModule, arguments: Mapping[str, Any]) -> Frame:
+        mode = os.environ.get(MODE_VARIABLE, film.mode) if film.is_unpickled else film.mode
+        if mode != film.mode:
+            raise SettingsError(
+                f"this {type(unet).__name__} carries FiLM in mode {film.mode}, but {MODE_VARIABLE} says otherwise",
+                {"found": repr(mode), "expected": repr(film.mode)},
+                "build the model in a process with the mode you want, and load its weights, instead of a pickled model",
+            )
         condition = conditioning.condition_for(film)
         if condition is None and film.mode == "off":
             return Frame(film, None)

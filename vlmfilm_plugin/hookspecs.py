@@ -80,14 +80,14 @@ class Steps:
 
     Attributes:
         cls: the class that has them.
-        phases: method name -> phase (`train`, `val`, `test`, `predict`).
+        phases: method name -> phase (`train`, `val`, `test`, `predict`), or a function of the instance that returns it.
         value_range: (low, high) of the batch's image tensor.
         batch: the method's bound arguments without self -> the batch, a mapping with the image tensor (B, C, H, W) at `image`.
         rows: which sample each row of a UNet forward belongs to.
     """
 
     cls: type
-    phases: Mapping[str, str]
+    phases: Mapping[str, str | Callable[[Any], str]]
     value_range: tuple[float, float]
     batch: Callable[[Mapping[str, Any]], Any] = first_argument
     rows: RowMap = same_rows

@@ -117,14 +117,21 @@ def _patch_unet(spec: UNet, runtime: Runtime) -> None:
     wrapt.wrap_function_wrapper(spec.cls, "__init__", init)
 
 
-def _patch_step(spec: Steps, method: str, phase: str, runtime: Runtime) -> None:
+def _patch_step(spec: Steps, method: str, phase: str | Callable[[Any], str], runtime: Runtime) -> None:
     signature = inspect.signature(getattr(spec.cls, method))
 
     def step(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         arguments = signature.bind(instance, *args, **kwargs).arguments
         arguments.pop(next(iter(signature.parameters)))
         batch_idx = arguments.get("batch_idx")
-        with runtime.batch(spec.batch(arguments), phase=phase, value_range=spec.value_range, rows=spec.rows, owner=instance, batch_idx=batch_idx):
+        with runtime.batch(
+            spec.batch(arguments),
+            phase=phase(instance) if callable(phase) else phase,
+            value_range=spec.value_range,
+            rows=spec.rows,
+            owner=instance,
+            batch_idx=batch_idx,
+        ):
             return wrapped(*args, **kwargs)
 
     wrapt.wrap_function_wrapper(spec.cls, method, step)

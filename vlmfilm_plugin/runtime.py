@@ -19,7 +19,7 @@ from vlmfilm_plugin import conditioning
 from vlmfilm_plugin.attachment import FilmHandle, install
 from vlmfilm_plugin.batches import RunningBatch
 from vlmfilm_plugin.diagnostics import Diagnostics
-from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
+from vlmfilm_plugin.errors import ConditionError, EncoderError, HostError, SettingsError
 from vlmfilm_plugin.features import FeatureSource
 from vlmfilm_plugin.film_module import ATTRIBUTE, FilmModule, film_modules
 from vlmfilm_plugin.freezing import freeze_host, keep_trainable
@@ -42,11 +42,13 @@ class Runtime:
         self.mode, self._environ, self._base_dir = mode, dict(environ), base_dir
         self._host_layers: list[Layer] = []
         self._facts: ckpt.CheckpointFacts | None = None
-        self._sources: dict[str, FeatureSource] = {}
+        self._sources: dict[tuple[str | None, ...], FeatureSource] = {}
         self._policies: WeakKeyDictionary[FilmModule, ConditionPolicy] = WeakKeyDictionary()
         self._held: WeakKeyDictionary[FilmModule, Tensor] = WeakKeyDictionary()
         self._counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-        self._has_warned_of_crops = False
+        # By family: a UNet and its copies. A process may load several checkpoints, each with settings of its own.
+        self._settings_by_family: dict[str, Settings] = {}
+        self._warned_of_tensors: set[str] = set()
         self._settings: Settings | None = None
         self._diagnostics: Diagnostics | None = None
         self.files: dict[str, Path | None] = {}
@@ -118,6 +120,7 @@ class Runtime:
             )
         handle = install(unet, settings, self.mode, targets=spec.targets, channels=spec.channels, condition=spec.condition)
         self.attached += 1
+        self._settings_by_family[handle.film.family] = settings
         stages = ", ".join(f"{stage.index} ({stage.path}, {stage.channels})" for stage in handle.stages)
         film_logger().info(
             "[VLM] FiLM attached: mode=%s encoder=%s unet=%s apply_point=%s stages=%s",
@@ -135,9 +138,10 @@ class Runtime:
         Raises:
             HostError: it has none, so the run would go on as a baseline.
         """
-        if film_modules(model):
-            if self.settings.freeze_host:
-                freeze_host(model, self.mode, self.settings)
+        if films := film_modules(model):
+            settings = self.settings_of(films[0])
+            if settings.freeze_host:
+                freeze_host(model, self.mode, settings)
             return
         hparams = getattr(model, "hparams", {})
         raise HostError(
@@ -159,7 +163,8 @@ class Runtime:
 
     def save_checkpoint(self, model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         """Add FiLM's metadata to a checkpoint that the host is about to save."""
-        ckpt.write_metadata(model, self.settings, checkpoint)
+        if films := film_modules(model):
+            ckpt.write_metadata(model, self.settings_of(films[0]), checkpoint)
 
     def load_checkpoint(self, model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         """Make a checkpoint fit before the host loads it strictly."""
@@ -181,9 +186,10 @@ class Runtime:
     ) -> Iterator[None]:
         """Publish the running batch: UNet forwards inside the block are conditioned on its images.
 
-        A host's step (`owner`) leaves a batch that is published already in force: a caller's own, or that of an outer step.
+        A host's step (`owner`) leaves a batch of the same images in force that is published already: a caller's, who has names.
         """
-        if owner is not None and conditioning.is_batch_in_force():
+        outer = conditioning.batch_in_force()
+        if owner is not None and isinstance(outer, RunningBatch) and outer.is_of(batch):
             yield
             return
         if phase not in PHASES:
@@ -204,26 +210,47 @@ class Runtime:
         self._counted[owner] = count
         return max(count, 0)
 
-    def warn_of_crops(self) -> None:
-        """Say once that training images are encoded as the host crops them, which costs an encoding a crop."""
-        if not self._has_warned_of_crops:
-            self._has_warned_of_crops = True
-            film_logger().warning(
-                "[VLM] WARNING: no source file was found for training images: each is encoded as the host passes it, augmented or cropped, "
-                "so few features are ever reused (give `dataset_root`, or file paths in the batch)"
-            )
+    def warn_of_tensors(self, phase: str) -> None:
+        """Say once a phase that images are encoded as the host passes them, since no file was found for them."""
+        if phase in self._warned_of_tensors:
+            return
+        self._warned_of_tensors.add(phase)
+        cost = "each crop is encoded anew" if phase == "train" else "where training read files, these features are not of the same kind"
+        film_logger().warning(
+            "[VLM] WARNING: no source file was found for %s images: they are encoded as the host passes them, augmented, cropped or normalised, "
+            "and %s (give `dataset_root`, or file paths in the batch)",
+            phase,
+            cost,
+        )
 
     def source_for(self, film: FilmModule) -> FeatureSource:
-        """Return the source of features of this FiLM's encoder."""
-        key = film.architecture.fingerprint or ""
+        """Return the source of features of this FiLM's encoder.
+
+        Raises:
+            EncoderError: the encoder that the settings name now is not the one FiLM was built for (its files changed).
+        """
+        settings = self.settings_of(film)
+        key = (film.architecture.fingerprint, settings.cache_dir, settings.embedding_dtype, settings.on_missing_feature, settings.dataset_root)
         if key not in self._sources:
-            self._sources[key] = FeatureSource.from_settings(self.settings)
+            source = FeatureSource.from_settings(settings)
+            found = source.encoder.identity.fingerprint
+            if found != film.architecture.fingerprint:
+                raise EncoderError(
+                    "the encoder is not the one FiLM was built for",
+                    {"found": found, "expected": film.architecture.fingerprint, "model_name": settings.model_name},
+                    "restart the run: the model's files changed while it was running",
+                )
+            self._sources[key] = source
         return self._sources[key]
+
+    def settings_of(self, film: FilmModule) -> Settings:
+        """Return the settings that a UNet's FiLM was built with; those of this run for one that came by another way (unpickled)."""
+        return self._settings_by_family.get(film.family, self.settings)
 
     def policy_for(self, film: FilmModule) -> ConditionPolicy:
         """Return the policy that chooses what this UNet's batches are conditioned on."""
         if film not in self._policies:
-            s = self.settings
+            s = self.settings_of(film)
             self._policies[film] = ConditionPolicy(s.batch_strategy, s.reuse_policy, s.update_interval_steps_train)
         return self._policies[film]
 

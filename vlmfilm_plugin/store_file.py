@@ -101,6 +101,33 @@ class StoreFile:
         return self._connections[owner]
 
     def _open(self) -> sqlite3.Connection:
+        try:
+            return self._open_writable()
+        except sqlite3.OperationalError as error:
+            # A cache that others share is often mounted read-only: what it holds can be read, a write will say what is wrong.
+            if not self.path.is_file() or not any(said in str(error).lower() for said in ("readonly", "unable to open")):
+                raise
+            return self._open_read_only()
+
+    def _open_read_only(self) -> sqlite3.Connection:
+        # immutable: SQLite would otherwise make files beside the database, which it cannot there.
+        uri = f"{self.path.resolve().as_uri()}?mode=ro&immutable=1"
+        connection = sqlite3.connect(uri, uri=True, timeout=self._timeout_s, isolation_level=None, check_same_thread=False)
+        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        try:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version != len(_MIGRATIONS):
+                raise StoreError(
+                    "cannot open the feature store: it is read-only and of another schema",
+                    {"file": self.path, "found": f"version {version}", "expected": f"version {len(_MIGRATIONS)}"},
+                    "open it once where it can be written",
+                )
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _open_writable(self) -> sqlite3.Connection:
         # check_same_thread off: `close` ends the connections of all threads, and thread idents are reused.
         connection = sqlite3.connect(self.path, timeout=self._timeout_s, isolation_level=None, check_same_thread=False)
         # A damaged text must fail its row's check, not the whole read.

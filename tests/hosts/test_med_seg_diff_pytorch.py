@@ -134,3 +134,26 @@ def test_a_baseline_state_dict_loads_at_identity_with_one_warning(tmp_path: Path
     run('torch.save(diffusion.state_dict(), "plain.pt"); print("{}")', tmp_path, None)
     output = run('diffusion.load_state_dict(torch.load("plain.pt", weights_only=True)); train(1); print("{}")', tmp_path, "on")
     assert output.count("WARNING: the checkpoint has no FiLM weights") == 1
+
+
+def test_a_loss_in_eval_mode_validates_and_conditions_images_on_themselves(tmp_path: Path) -> None:
+    output = run(
+        """
+from vlmfilm_plugin import _bootstrap
+train(2)
+diffusion.eval()
+seen = []
+runtime = _bootstrap.current().runtime
+batch = type(runtime).batch
+type(runtime).batch = lambda self, b, *, phase, **k: (seen.append(phase), batch(self, b, phase=phase, **k))[1]
+with torch.no_grad():
+    diffusion(mask, torch.rand(4, 3, 32, 32))
+diffusion.train()
+diffusion(mask, image)
+print(json.dumps(seen))
+""",
+        tmp_path,
+        "on",
+        VLM_FILM_BATCH_STRATEGY="first",
+    )
+    assert json.loads(output.splitlines()[-1]) == ["val", "train"]

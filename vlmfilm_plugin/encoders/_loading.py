@@ -6,7 +6,6 @@ Owns the differences between versions of transformers, placement on devices, and
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmfilm_plugin.encoders._digest import folder_digest
 from vlmfilm_plugin.encoders._weights import WeightFiles
 from vlmfilm_plugin.errors import EncoderError
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 NO_ACCELERATE_VARIABLE = "VLM_FORCE_NO_ACCELERATE"
 _SPREADING = frozenset({"auto", "balanced", "balanced_low_0", "sequential"})
-_CHUNK, _CHUNKS = 64 * 1024, 16
 _EXAMPLE = "Qwen/Qwen2.5-VL-3B-Instruct"
 _FIX = "give the folder of a model with `model_name`, or download the model beforehand: hf download {name}"
 
@@ -109,7 +108,7 @@ def model_facts(settings: Settings, config: Any) -> dict[str, object]:
     """Return what identifies the weights: the content of a local folder, wherever it lies, or a hub name and its commit."""
     folder = _folder(settings)
     if folder is not None:
-        return {"model": f"folder:{_folder_digest(folder)}", "revision": None}
+        return {"model": f"folder:{folder_digest(folder, settings.cache_dir)}", "revision": None}
     return {"model": settings.model_name, "revision": getattr(config, "_commit_hash", None) or settings.revision}
 
 
@@ -191,23 +190,6 @@ def explained(action: str, settings: Settings) -> Iterator[None]:
         known = looks_local or _folder(settings) is not None
         fix = _FIX.format(name=_EXAMPLE if known else settings.model_name)
         raise EncoderError(f"cannot {action} the model", facts, fix) from error
-
-
-def _folder_digest(folder: Path) -> str:
-    """Digest the configuration and a sample of every weight file: new weights change it, moving the folder does not."""
-    state = hashlib.blake2b(digest_size=8)
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    config = folder / "config.json"
-    state.update(config.read_bytes() if config.is_file() else b"")
-    for path in weights:
-        size = path.stat().st_size
-        state.update(f"{path.name}:{size};".encode())
-        last = max(size - _CHUNK, 0)
-        with path.open("rb") as file:
-            for offset in sorted({last * index // (_CHUNKS - 1) for index in range(_CHUNKS)}):
-                file.seek(offset)
-                state.update(file.read(_CHUNK))
-    return state.hexdigest()
 
 
 def _has_accelerate() -> bool:
