@@ -226,6 +226,8 @@ class FeatureSource:
             stored = self.store.read(self.encoder.identity, [key]).get(key)
             if stored is not None and (digest is None or stored.stamp is None or stored.stamp.digest != digest):
                 return key, np.asarray(stored.feature, dtype=np.float32)
+        # Nothing to draw from yet is no pool to keep.
+        self._pool = None
         return None
 
     def _draw_file(self, sample: Sample, files: list[tuple[str, Path]], draw: random.Random) -> tuple[str, NDArray[np.float32]] | None:

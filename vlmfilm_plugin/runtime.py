@@ -111,8 +111,9 @@ class Runtime:
         if hasattr(unet, ATTRIBUTE):
             return None
         settings = self.settings
-        now = os.environ.get(MODE_VARIABLE, self.mode)
-        if now != self.mode:
+        at_activation = self._environ.get(MODE_VARIABLE)
+        now = os.environ.get(MODE_VARIABLE, at_activation)
+        if at_activation is not None and now != at_activation:
             raise SettingsError(
                 f"{MODE_VARIABLE} was changed after VLM-FiLM was activated",
                 {"found": repr(now), "expected": f"{self.mode!r}, as at activation"},
