@@ -19,7 +19,7 @@ LAYERS = [
     {"settings", "hookspecs", "targets", "cache_key", "fingerprint", "architecture", "policy", "setting_kinds"},
     {"film", "film_module", "forward_hooks", "freezing", "gates", "permutation", "conditioning", "images", "encoders"}
     | {"feature_store", "store_file", "store_admin", "store_exchange"},
-    {"attachment", "explicit", "features", "checkpoint", "adapter_file"},
+    {"attachment", "explicit", "features", "partners", "checkpoint", "adapter_file"},
     {"diagnostics", "batches", "runtime", "conditioner"},
     {"hosts"},
     {"_bootstrap", "warmup", "warmup_ranks", "warmup_sources"},

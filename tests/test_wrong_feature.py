@@ -22,6 +22,7 @@ from vlmfilm_plugin import ConditionError, SettingsError, StoreError, attach, se
 from vlmfilm_plugin.feature_store import FeatureStore
 from vlmfilm_plugin.features import FeatureSource
 from vlmfilm_plugin.hookspecs import UNet
+from vlmfilm_plugin.partners import Partners
 from vlmfilm_plugin.runtime import Runtime
 from vlmfilm_plugin.settings import resolve
 
@@ -108,7 +109,7 @@ def test_the_partner_of_a_shuffled_image_alone_is_another_image_whatever_its_key
     sample = features.samples_of({"image": IMAGE, "filepath": [str(path)]}, IMAGE, (0.0, 1.0))[0]
     wanted = feature_of(features, other)
     for seed in range(20):
-        drawn = features.another(sample, seed, {})
+        drawn = Partners(features).draw(sample, seed, {})
         assert drawn is not None
         np.testing.assert_array_equal(drawn[1], wanted)
 
@@ -123,7 +124,7 @@ def test_with_known_data_sets_the_partner_depends_on_seed_and_data_set_alone(tmp
             for path in files.values():
                 feature_of(features, path)
         sample = features.samples_of(batch(tmp_path / "test" / "3.png"), IMAGE, (0.0, 1.0))[0]
-        draws.append([features.another(sample, seed, dict(files))[0] for seed in range(12)])  # type: ignore[index]
+        draws.append([Partners(features).draw(sample, seed, dict(files))[0] for seed in range(12)])  # type: ignore[index]
     assert draws[0] == draws[1] and len(set(draws[0])) > 3
     assert not any("train" in key or key.endswith("test/image/3.png") for key in draws[0])
 

@@ -189,7 +189,7 @@ class RunningBatch:
         if permutation is not None:
             self._runtime.diagnostics.shuffled(self.phase, self.epoch, permutation)
             return features[permutation], permutation
-        drawn = source.another(samples[0], step * 1_000_003 + (self.batch_idx or 0), self._runtime.files)
+        drawn = self._runtime.partners_for(source).draw(samples[0], step * 1_000_003 + (self.batch_idx or 0), self._runtime.files)
         if drawn is None:
             raise ConditionError(
                 "cannot shuffle a batch of one image: the store holds no other image's feature",

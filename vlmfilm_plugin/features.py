@@ -6,7 +6,6 @@ Owns the encoder, which therefore lives outside every module, state dict, optimi
 from __future__ import annotations
 
 import logging
-import random
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -85,7 +84,6 @@ class FeatureSource:
         self._epoch: int | None = None
         self._missed_before_epoch = 0
         self._settings: Settings | None = None
-        self._pool: list[str] | None = None
         self._memory: OrderedDict[str, StoredFeature] = OrderedDict()
         self._lock = threading.RLock()
 
@@ -202,44 +200,6 @@ class FeatureSource:
         arrays = [np.asarray(picture) for picture in pictures]
         keys = [content_keys(array[None], ["image"])[0] for array in arrays]
         return self.get([Sample(key, None, lambda picture=picture: picture) for key, picture in zip(keys, pictures, strict=True)])  # type: ignore[misc]
-
-    def another(self, sample: Sample, seed: int, files: Mapping[str, Path | None]) -> tuple[str, NDArray[np.float32]] | None:
-        """Return key and feature (F,) of another image than `sample`, drawn by seed; None where no other is known.
-
-        Drawn from the files of the host's data sets, those of the same folder first: then the draw depends on seed and data set alone.
-        Where the host's data sets are not known, from what the store holds at the first draw. Another image has other bytes.
-        """
-        own = str(sample.path) if sample.path is not None else sample.key
-        named = sorted((name, path) for name, path in files.items() if path is not None and path != sample.path)
-        if sample.path is not None and named:
-            alike = [item for item in named if item[1].parent == sample.path.parent] or named
-            return self._draw_file(sample, alike, random.Random(f"{seed}:{own}"))
-        if self._pool is None:
-            self._pool = self.store.keys(self.encoder.identity)
-        split = sample.key.split(":", 1)[0]
-        others = [key for key in self._pool if key != sample.key]
-        # Images of the same split first: their features come from the same distribution.
-        candidates = [key for key in others if key.split(":", 1)[0] == split] or others
-        random.Random(f"{seed}:{own}").shuffle(candidates)
-        digest = SourceStamp.of(sample.path).digest if sample.path is not None else None
-        for key in candidates:
-            stored = self.store.read(self.encoder.identity, [key]).get(key)
-            if stored is not None and (digest is None or stored.stamp is None or stored.stamp.digest != digest):
-                return key, np.asarray(stored.feature, dtype=np.float32)
-        # Nothing to draw from yet is no pool to keep.
-        self._pool = None
-        return None
-
-    def _draw_file(self, sample: Sample, files: list[tuple[str, Path]], draw: random.Random) -> tuple[str, NDArray[np.float32]] | None:
-        assert sample.path is not None
-        draw.shuffle(files)
-        digest = SourceStamp.of(sample.path).digest
-        for name, path in files:
-            if SourceStamp.of(path).digest != digest:
-                key = cache_keys({"name": [name]}, 1, dataset_root=self.dataset_root).keys[0]
-                other = Sample(key, path, lambda path=path: read_image(path))  # type: ignore[misc]
-                return key, self.get([other])[0]
-        return None
 
     def _from_memory(self, wanted: Mapping[str, Sample]) -> dict[str, StoredFeature]:
         found = {}

@@ -25,6 +25,7 @@ from vlmfilm_plugin.film_module import ATTRIBUTE, FilmModule, film_modules
 from vlmfilm_plugin.freezing import freeze_host, keep_trainable
 from vlmfilm_plugin.hookspecs import PHASES, RowMap, UNet, same_rows
 from vlmfilm_plugin.log import film_logger
+from vlmfilm_plugin.partners import Partners
 from vlmfilm_plugin.policy import ConditionPolicy
 from vlmfilm_plugin.settings import MODE_VARIABLE, Layer, Settings, environment_layers, resolve
 
@@ -43,6 +44,7 @@ class Runtime:
         self._host_layers: list[Layer] = []
         self._facts: ckpt.CheckpointFacts | None = None
         self._sources: dict[tuple[str | None, ...], FeatureSource] = {}
+        self._partners: WeakKeyDictionary[FeatureSource, Partners] = WeakKeyDictionary()
         self._policies: WeakKeyDictionary[FilmModule, ConditionPolicy] = WeakKeyDictionary()
         self._held: WeakKeyDictionary[FilmModule, Tensor] = WeakKeyDictionary()
         self._counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
@@ -243,6 +245,10 @@ class Runtime:
                 )
             self._sources[key] = source
         return self._sources[key]
+
+    def partners_for(self, source: FeatureSource) -> Partners:
+        """Return what draws partners for images that are alone in their batch."""
+        return self._partners.setdefault(source, Partners(source))
 
     def settings_of(self, film: FilmModule) -> Settings:
         """Return the settings that a UNet's FiLM was built with; those of this run for one that came by another way (unpickled)."""
