@@ -202,3 +202,36 @@ def test_text_mode_conditions_the_host(stand_in: StandIn, tiny_qwen: Path) -> No
     stand_in.train("text", "on", **variables)
     assert "unet.base_unet.vlm_film.text_to_cond.mlp.0.weight" in load(stand_in.checkpoint("text"))["state_dict"]
     stand_in.evaluate("text", "on")
+
+
+def test_a_frozen_host_keeps_every_weight_and_its_optimizer_holds_film_alone(stand_in: StandIn) -> None:
+    stand_in.train("frozen", "on", VLM_FILM_FREEZE_HOST="1")
+    checkpoint = load(stand_in.checkpoint("frozen"))
+    film = [name for name in checkpoint["state_dict"] if "vlm_film" in name and not name.endswith("_extra_state")]
+    assert len(checkpoint["optimizer_states"][0]["param_groups"][0]["params"]) == len(film)
+    code = f"""
+    import torch, yaml, lightning as L
+    from src.runner.factory import known_arguments, model_class
+    config = yaml.safe_load(open({str(stand_in.root / "frozen.yaml")!r}))
+    L.seed_everything(0, verbose=False)
+    cls = model_class(config["model"]["arch_name"])
+    fresh = cls(**known_arguments(cls, config["model"])).state_dict()
+    trained = torch.load({str(stand_in.checkpoint("frozen"))!r}, weights_only=False)["state_dict"]
+    assert all(torch.equal(value, trained[name]) for name, value in fresh.items()), "the host moved"
+    assert trained["unet.base_unet.vlm_film.heads.0.mlp.2.weight"].abs().sum() > 0
+    """
+    succeed(run_code(code, cwd=stand_in.repo))
+
+
+def test_an_adapter_moves_film_from_one_run_to_a_baseline_of_the_host(trained: tuple[StandIn, str]) -> None:
+    from processes import python
+
+    host = trained[0]
+    host.train("base", None)
+    adapter, copied = host.root / "adapter.safetensors", host.root / "runs" / "moved" / "checkpoints" / "last.ckpt"
+    copied.parent.mkdir(parents=True)
+    # The host's evaluation reads the configuration beside the checkpoint.
+    (copied.parents[1] / "config.yaml").write_bytes((host.checkpoint("base").parents[1] / "config.yaml").read_bytes())
+    succeed(python("-m", "vlmfilm_plugin", "export", host.checkpoint("film"), adapter))
+    succeed(python("-m", "vlmfilm_plugin", "apply", adapter, host.checkpoint("base"), "--output", copied))
+    assert "encoder=descriptor" in host.evaluate("moved", "on")
