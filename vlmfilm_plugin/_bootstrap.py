@@ -24,7 +24,7 @@ import wrapt
 
 from vlmfilm_plugin.errors import SettingsError, VlmFilmError
 from vlmfilm_plugin.hookspecs import ENTRY_POINTS
-from vlmfilm_plugin.settings import MODE_VARIABLE, read_mode
+from vlmfilm_plugin.settings import MODE_VARIABLE, read_mode, refuse_changed_mode
 
 if TYPE_CHECKING:
     from vlmfilm_plugin.hosts import AdapterRegistry
@@ -170,12 +170,8 @@ def activate() -> Activation:
         if _activation.error is not None:
             _say(" ".join(str(_activation.error).split()))
         atexit.register(_activation.report_at_exit)
-    elif (now := os.environ.get(MODE_VARIABLE, _activation.environ.get(MODE_VARIABLE))) != _activation.environ.get(MODE_VARIABLE):
-        raise SettingsError(
-            f"{MODE_VARIABLE} was changed after VLM-FiLM was activated",
-            {"found": repr(now), "expected": f"{_activation.environ.get(MODE_VARIABLE)!r}, as at activation"},
-            "restart the process (the notebook's kernel) with the mode you want",
-        )
+    else:
+        refuse_changed_mode(_activation.environ.get(MODE_VARIABLE))
     # After an activation that was refused this tries again, with the same state.
     _activation.watch()
     return _activation

@@ -16,7 +16,7 @@ from torch import nn
 
 from vlmfilm_plugin.architecture import read_extra_state
 from vlmfilm_plugin.errors import CheckpointError
-from vlmfilm_plugin.film_module import ATTRIBUTE, FilmModule
+from vlmfilm_plugin.film_module import ATTRIBUTE, FilmModule, film_modules
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.settings import Settings
 
@@ -40,7 +40,7 @@ class CheckpointFacts:
 
 def write_metadata(model: nn.Module, settings: Settings, checkpoint: MutableMapping[str, Any]) -> None:
     """Add FiLM's metadata to a checkpoint that is about to be saved: under `vlm_film`, and the port's `vlm_film_trained_stages`."""
-    films = [module for module in model.modules() if isinstance(module, FilmModule)]
+    films = film_modules(model)
     if not films:
         return
     architecture = films[0].architecture

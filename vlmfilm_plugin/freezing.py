@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from vlmfilm_plugin.errors import SettingsError
-from vlmfilm_plugin.film_module import FilmModule
+from vlmfilm_plugin.film_module import film_modules
 from vlmfilm_plugin.settings import Settings
 
 
@@ -25,7 +25,7 @@ def freeze_host(model: nn.Module, mode: str, settings: Settings) -> Callable[[],
             {"found": f"freeze_host true   (from {settings.origin('freeze_host')}), and mode off, in which FiLM does not train"},
             "use mode on, or take `freeze_host` out",
         )
-    film = {id(parameter) for module in model.modules() if isinstance(module, FilmModule) for parameter in module.parameters()}
+    film = {id(parameter) for module in film_modules(model) for parameter in module.parameters()}
     frozen = [parameter for parameter in model.parameters() if id(parameter) not in film and parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)

@@ -160,7 +160,7 @@ def _patch_model(model: type, host: str, runtime: Runtime) -> None:
         return wrapped(*args, **kwargs)
 
     def configure(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        return runtime.optimizers_configured(wrapped(*args, **kwargs))
+        return runtime.optimizers_configured(instance, wrapped(*args, **kwargs))
 
     wrapt.wrap_function_wrapper(model, "configure_optimizers", configure)
     wrapt.wrap_function_wrapper(model, "on_save_checkpoint", save)

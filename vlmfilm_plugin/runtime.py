@@ -5,7 +5,6 @@ Holds mode, settings, feature sources and diagnostics. Adapters describe, `hosts
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from vlmfilm_plugin.hookspecs import PHASES, RowMap, UNet, same_rows
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.partners import Partners
 from vlmfilm_plugin.policy import ConditionPolicy
-from vlmfilm_plugin.settings import MODE_VARIABLE, Layer, Settings, environment_layers, resolve
+from vlmfilm_plugin.settings import MODE_VARIABLE, Layer, Settings, environment_layers, refuse_changed_mode, resolve
 
 
 class Runtime:
@@ -44,7 +43,7 @@ class Runtime:
         self._host_layers: list[Layer] = []
         self._facts: ckpt.CheckpointFacts | None = None
         self._sources: dict[tuple[str | None, ...], FeatureSource] = {}
-        self._partners: WeakKeyDictionary[FeatureSource, Partners] = WeakKeyDictionary()
+        self._partners: dict[FeatureSource, Partners] = {}
         self._policies: WeakKeyDictionary[FilmModule, ConditionPolicy] = WeakKeyDictionary()
         self._held: WeakKeyDictionary[FilmModule, Tensor] = WeakKeyDictionary()
         self._counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
@@ -113,14 +112,8 @@ class Runtime:
         if hasattr(unet, ATTRIBUTE):
             return None
         settings = self.settings
-        at_activation = self._environ.get(MODE_VARIABLE)
-        now = os.environ.get(MODE_VARIABLE, at_activation)
-        if at_activation is not None and now != at_activation:
-            raise SettingsError(
-                f"{MODE_VARIABLE} was changed after VLM-FiLM was activated",
-                {"found": repr(now), "expected": f"{self.mode!r}, as at activation"},
-                "restart the process (the notebook's kernel) with the mode you want",
-            )
+        if MODE_VARIABLE in self._environ:
+            refuse_changed_mode(self._environ[MODE_VARIABLE])
         handle = install(unet, settings, self.mode, targets=spec.targets, channels=spec.channels, condition=spec.condition)
         self.attached += 1
         self._settings_by_family[handle.film.family] = settings
@@ -160,9 +153,9 @@ class Runtime:
             if known != Path(path):
                 self.files[name] = None
 
-    def optimizers_configured(self, configured: Any) -> Any:
+    def optimizers_configured(self, model: nn.Module, configured: Any) -> Any:
         """Leave frozen parameters out of the optimizers that a host has configured; return them."""
-        return keep_trainable(configured) if self.settings.freeze_host else configured
+        return keep_trainable(configured) if self._is_frozen(model) else configured
 
     def save_checkpoint(self, model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         """Add FiLM's metadata to a checkpoint that the host is about to save."""
@@ -171,7 +164,11 @@ class Runtime:
 
     def load_checkpoint(self, model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         """Make a checkpoint fit before the host loads it strictly."""
-        ckpt.adapt(model, checkpoint, is_frozen=self.settings.freeze_host)
+        ckpt.adapt(model, checkpoint, is_frozen=self._is_frozen(model))
+
+    def _is_frozen(self, model: nn.Module) -> bool:
+        films = film_modules(model)
+        return bool(films) and self.settings_of(films[0]).freeze_host
 
     # Batches
 
@@ -248,7 +245,9 @@ class Runtime:
 
     def partners_for(self, source: FeatureSource) -> Partners:
         """Return what draws partners for images that are alone in their batch."""
-        return self._partners.setdefault(source, Partners(source))
+        if source not in self._partners:
+            self._partners[source] = Partners(source)
+        return self._partners[source]
 
     def settings_of(self, film: FilmModule) -> Settings:
         """Return the settings that a UNet's FiLM was built with; those of this run for one that came by another way (unpickled)."""

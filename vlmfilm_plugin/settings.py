@@ -50,6 +50,21 @@ def read_mode(environ: Mapping[str, str] | None = None) -> str | None:
     )
 
 
+def refuse_changed_mode(expected: str | None) -> None:
+    """Check that `VLM_FILM_MODE` still says what it said at activation (None: it was unset); one that was taken out says nothing.
+
+    Raises:
+        SettingsError: it says something else, which would be ignored.
+    """
+    now = os.environ.get(MODE_VARIABLE, expected)
+    if now != expected:
+        raise SettingsError(
+            f"{MODE_VARIABLE} was changed after VLM-FiLM was activated",
+            {"found": repr(now), "expected": f"{expected!r}, as at activation"},
+            "restart the process (the notebook's kernel) with the mode you want",
+        )
+
+
 def _setting(default: object, kind: str, *, choices: tuple[str, ...] = (), low: float | None = None, optional: bool = False) -> Any:
     return field(default=default, metadata={"kind": kind, "choices": choices, "low": low, "optional": optional})
 
