@@ -196,6 +196,10 @@ def test_show_prints_facts_stamp_note_and_norm(folder: Path, capsys: pytest.Capt
     change(folder, "UPDATE features SET checksum = 1 WHERE key = ?", b"k2")
     (entry,) = call(capsys, "show", "k2", "--cache-dir", folder, "--json")["entries"]
     assert entry["is_damaged"] and entry["norm"] is None
+    with FeatureStore(folder) as store:
+        store.write(A, [StoredFeature("large", np.full(4, 40_000.0))])
+    (entry,) = call(capsys, "show", "large", "--cache-dir", folder, "--json")["entries"]
+    assert (entry["norm"], entry["dtype"]) == (80_000.0, "float16"), "more than a float16 can hold"
 
 
 def test_looking_at_a_store_imports_no_torch(folder: Path) -> None:

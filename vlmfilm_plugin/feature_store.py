@@ -30,7 +30,7 @@ Row = tuple[Any, ...]
 logger = logging.getLogger("vlmfilm.store")
 
 _KEYS_PER_SELECT = 500  # SQLite's old limit is 999 variables a statement
-_DTYPES = {"float16": "<f2", "float32": "<f4"}
+_DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 # Every column of a row but its namespace, in the order of `Row`.
 COLUMNS = "key, source_size, source_mtime_ns, source_digest, dtype, width, data, checksum, created, note"
 UPSERT = f"INSERT OR REPLACE INTO features (namespace, {COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
@@ -88,7 +88,7 @@ class FeatureStore:
 
     Args:
         cache_dir: folder of `features.sqlite`; made when missing.
-        embedding_dtype: `float16` or `float32`, how features are written; what is read is float32.
+        embedding_dtype: `float16` or `float32`, how features are written.
         timeout_s: seconds to wait for another process's write.
 
     Raises:
@@ -119,7 +119,7 @@ class FeatureStore:
         A damaged row is left out with a warning; one that was stored as float16 is left out where float32 is asked for.
 
         Shape:
-            feature: (F,) float32, writable.
+            feature: (F,) float16 or float32, as it is stored; read-only, a view of the row.
 
         Raises:
             StoreError: the file cannot be read.
@@ -209,14 +209,15 @@ def insert_rows(connection: sqlite3.Connection, fingerprint: str, facts: str, ro
 
 
 def decode(row: Row) -> np.ndarray[Any, Any] | None:
-    """Return the feature (F,) float32 of a row, or None where the row is damaged."""
-    key, dtype, width, data, note = row[0], row[4], row[5], row[6], row[9]
-    if not (isinstance(key, bytes) and isinstance(data, bytes) and isinstance(note, str | None)):
+    """Return the feature (F,) of a row, a view in the dtype it is stored in, or None where the row is damaged."""
+    key, data, note = row[0], row[6], row[9]
+    # SQLite keeps any type in any column: a damaged row can hold a number where text was written.
+    if not (isinstance(key, bytes) and isinstance(data, bytes) and (note is None or isinstance(note, str))):
         return None
-    if dtype not in _DTYPES or checksum(key, data, note) != row[7]:
+    dtype = _DTYPES.get(row[4])
+    if dtype is None or checksum(key, data, note) != row[7] or divmod(len(data), dtype.itemsize) != (row[5], 0):
         return None
-    feature = np.frombuffer(data, dtype=_DTYPES[dtype]) if len(data) % np.dtype(_DTYPES[dtype]).itemsize == 0 else np.empty(0)
-    return feature.astype(np.float32) if feature.size == width else None
+    return np.frombuffer(data, dtype)
 
 
 def stamp_of(row: Row) -> SourceStamp | None:

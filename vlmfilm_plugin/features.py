@@ -167,7 +167,7 @@ class FeatureSource:
             self.stats.miss += sum(sample.key in missed for sample in samples)
             self.stats.mem_hit += sum(sample.key in in_memory for sample in samples)
             self.stats.disk_hit += sum(sample.key not in in_memory and sample.key not in missed for sample in samples)
-            return np.stack([np.asarray(found[sample.key].feature, dtype=np.float32) for sample in samples])
+            return stack([found[sample.key] for sample in samples])
 
     def find(self, samples: Sequence[Sample]) -> set[str]:
         """Return the keys of the samples whose features the store holds, made from the files of now; nothing is kept in memory.
@@ -267,6 +267,12 @@ class FeatureSource:
             self._memory.move_to_end(row.key)
         while len(self._memory) > _MEMORY_ITEMS:
             self._memory.popitem(last=False)
+
+
+def stack(rows: Sequence[StoredFeature]) -> NDArray[np.float32]:
+    """Return the features (N, F) of N > 0 rows of one width: float32, writable."""
+    # By torch: NumPy takes three times as long from float16 to float32.
+    return torch.from_numpy(np.stack([row.feature for row in rows])).float().numpy()
 
 
 def _current(stored: StoredFeature, sample: Sample) -> StoredFeature | None:

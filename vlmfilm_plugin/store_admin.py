@@ -206,7 +206,7 @@ def show(file: StoreFile, key: str, namespace: str | None = None) -> list[dict[s
                     "note": row[9],
                     "dtype": row[4],
                     "width": row[5],
-                    "norm": None if feature is None else float(np.linalg.norm(feature)),
+                    "norm": None if feature is None else float(np.linalg.norm(feature.astype(np.float32))),
                     "is_damaged": feature is None,
                     "created": row[8],
                 }

@@ -1,12 +1,16 @@
 """Measure the feature store: writes in batches of 64, reads in batches of 8, as it grows from a thousand features to a hundred thousand.
 
-Run: `python tests/benchmarks/bench_store.py [--full] [--json]`. A script, not a test: figures depend on the disk.
+Run: `python tests/benchmarks/bench_store.py [--full] [--cold] [--json]`. A script, not a test: figures depend on the machine.
+
+A read goes from keys to one array (8, 2048) float32, of a file that is in the system's memory, as a store is after an epoch or a warm-up. `--cold`
+also reads a file that is not: the disk then decides, so beside it stands the time of eight bare blocks of 4 KiB from the same file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import sqlite3
@@ -18,9 +22,10 @@ import numpy as np
 
 from vlmfilm_plugin.encoders.base import Identity
 from vlmfilm_plugin.feature_store import FeatureStore, SourceStamp, StoredFeature
+from vlmfilm_plugin.features import stack
 
 IDENTITY = Identity({"encoder": "bench", "width": 2048})
-WIDTH, WRITE_BATCH, READ_BATCH, READS = 2048, 64, 8, 2000
+WIDTH, WRITE_BATCH, READ_BATCH, READS, COLD_READS = 2048, 64, 8, 2000, 200
 SIZES = (1_000, 10_000, 100_000)
 
 
@@ -37,21 +42,51 @@ def grow(store: FeatureStore, keys: list[str], start: int, stop: int) -> tuple[f
     return sum(times), times
 
 
-def read(store: FeatureStore, keys: list[str], seed: int) -> list[float]:
-    """Read random batches; return seconds a batch."""
+def read(store: FeatureStore, keys: list[str], seed: int, batches: int) -> list[float]:
+    """Read random batches, each into one array (8, 2048) float32; return seconds a batch."""
     draw = random.Random(seed)
     times = []
-    for _ in range(READS):
+    for _ in range(batches):
         batch = draw.sample(keys, READ_BATCH)
         began = time.perf_counter()
         found = store.read(IDENTITY, batch)
+        stack([found[key] for key in batch])
         times.append(time.perf_counter() - began)
-        if len(found) != READ_BATCH:
-            raise SystemExit(f"read {len(found)} of {READ_BATCH} features")
     return times
 
 
-def measure(folder: Path, sizes: tuple[int, ...]) -> list[dict[str, float]]:
+def forget(path: Path) -> None:
+    """Put a file out of the system's memory, where the system can."""
+    if not hasattr(os, "posix_fadvise"):
+        raise SystemExit("--cold needs posix_fadvise, which this system does not have")
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def remember(path: Path) -> None:
+    """Read a file once, so that it is in the system's memory."""
+    with open(path, "rb") as file:
+        while file.read(1 << 24):
+            pass
+
+
+def blocks(path: Path, seed: int) -> list[float]:
+    """Read eight random blocks of 4 KiB, as a read of eight features must at the least; return seconds each time."""
+    draw = random.Random(seed)
+    times = []
+    with open(path, "rb", buffering=0) as file:
+        count = os.fstat(file.fileno()).st_size // 4096
+        for _ in range(COLD_READS):
+            began = time.perf_counter()
+            for _ in range(READ_BATCH):
+                file.seek(draw.randrange(count) * 4096)
+                file.read(4096)
+            times.append(time.perf_counter() - began)
+    return times
+
+
+def measure(folder: Path, sizes: tuple[int, ...], *, is_cold: bool) -> list[dict[str, float]]:
     """Return one row of figures for each size."""
     keys = [f"train:train/image/{index:07d}.png" for index in range(max(sizes))]
     random.Random(0).shuffle(keys)
@@ -59,7 +94,16 @@ def measure(folder: Path, sizes: tuple[int, ...]) -> list[dict[str, float]]:
     with FeatureStore(folder) as store:
         for size in sizes:
             seconds, writes = grow(store, keys, start, size)
-            reads = read(store, keys[:size], size)
+            cold = {}
+            if is_cold:
+                forget(store.path)
+                cold["cold_blocks_p50_us"] = 1e6 * float(np.quantile(blocks(store.path, size), 0.5))
+                forget(store.path)
+                with FeatureStore(folder) as fresh:  # the other one's connection remembers pages of its own
+                    cold["cold_read_p50_us"] = 1e6 * float(np.quantile(read(fresh, keys[:size], size + 1, COLD_READS), 0.5))
+            remember(store.path)
+            read(store, keys[:size], size + 2, READS // 10)
+            reads = read(store, keys[:size], size, READS)
             result.append(
                 {
                     "features": size,
@@ -70,6 +114,7 @@ def measure(folder: Path, sizes: tuple[int, ...]) -> list[dict[str, float]]:
                     "read_p50_us": 1e6 * float(np.quantile(reads, 0.5)),
                     "read_p99_us": 1e6 * float(np.quantile(reads, 0.99)),
                     "bytes_per_feature": store.path.stat().st_size / size,
+                    **cold,
                 }
             )
             start = size
@@ -80,20 +125,22 @@ def main() -> None:
     """Run and print a table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="grow to a million features (about 5 GB of disk)")
+    parser.add_argument("--cold", action="store_true", help="also read from a file that is not in the system's memory")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--folder", type=Path, default=None, help="where the store is made (default: a temporary folder)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        rows = measure(Path(folder), (*SIZES, 1_000_000) if args.full else SIZES)
+        rows = measure(Path(folder), (*SIZES, 1_000_000) if args.full else SIZES, is_cold=args.cold)
     growth = rows[-1]["read_p50_us"] / rows[0]["read_p50_us"]
     facts = {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version, "width": WIDTH, "dtype": "float16"}
     if args.json:
         print(json.dumps({**facts, "rows": rows, "read_p50_growth": growth}, indent=2))
         return
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print(f"{'features':>9} {'writes/s':>9} {'p50 ms':>7} {'p99 ms':>7} {'reads/s':>9} {'p50 us':>7} {'p99 us':>7} {'bytes':>6}")
+    heads = ["features", "writes/s", "p50 ms", "p99 ms", "reads/s", "p50 us", "p99 us", "bytes", *(["blocks us", "cold us"] if args.cold else [])]
+    print(" ".join(f"{head:>9}" for head in heads))
     for row in rows:
-        print("{:9.0f} {:9.0f} {:7.2f} {:7.2f} {:9.0f} {:7.0f} {:7.0f} {:6.0f}".format(*row.values()))
+        print(" ".join(f"{value:9.{2 if name.endswith('ms') else 0}f}" for name, value in row.items()))
     print(f"median read of {READ_BATCH}, largest store / smallest: {growth:.2f}")
 
 
