@@ -187,7 +187,7 @@ def test_export_to_a_place_that_cannot_be_written_leaves_nothing(folder: Path, t
 
 def test_show_prints_facts_stamp_note_and_norm(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (entry,) = call(capsys, "show", "k2", "--cache-dir", folder, "--json")["entries"]
-    assert (entry["norm"], entry["note"], entry["facts"], entry["stamp"]) == (4.0, "note 2", dict(A.facts), vars(STAMP))
+    assert (entry["norm"], entry["note"], entry["facts"], entry["stamp"]) == (4.0, "note 2", dict(A.facts), STAMP._asdict())
     assert len(call(capsys, "show", "k1", "--cache-dir", folder, "--json")["entries"]) == 2
     assert len(call(capsys, "show", "k1", "--namespace", "bb", "--cache-dir", folder, "--json")["entries"]) == 1
     assert "note 2" in call(capsys, "show", "k2", "--cache-dir", folder)

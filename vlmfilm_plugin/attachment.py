@@ -88,7 +88,7 @@ class FilmHandle:
             )
         if features is None:
             assert images is not None
-            features = torch.from_numpy(self._feature_source().of_images(images))
+            features = self._feature_source().of_images(images)
         check_features(features, self.feature_dim)
         gate = gate if gate is not None else find_gate(self.settings.spatial_gate, self.settings.origin("spatial_gate"))
         with conditioning.in_force(ExplicitCondition(self.film.family, features.detach(), gate, step)):

@@ -158,7 +158,7 @@ class RunningBatch:
             used = [policy.held_key or ""] * len(samples)
         else:
             chosen = [samples[row] for row in choice.rows]
-            features = torch.from_numpy(source.get(chosen))
+            features = source.get(chosen)
             if is_train and policy.batch_strategy != "per_sample":
                 runtime.hold(film, features[:1].clone())
             used = [sample.key for sample in chosen]
@@ -197,7 +197,7 @@ class RunningBatch:
                 f"run {MODE_VARIABLE}=on over the data first, or use a batch size of 2 or more",
             )
         self._runtime.diagnostics.shuffled(self.phase, self.epoch, [0], f" batch of one image: {keys[0]} is conditioned on {drawn[0]}")
-        return torch.from_numpy(drawn[1]).expand(len(keys), -1), [0] * len(keys)
+        return drawn[1].expand(len(keys), -1), [0] * len(keys)
 
 
 def image_of(batch: Any) -> Tensor:

@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vlmfilm_plugin.cache_key import cache_keys
@@ -119,7 +118,7 @@ class VLMConditioner(nn.Module):
         else:
             # By file where one is found, else by content: a crop's feature is never kept under its file's name.
             samples = source.samples_of(batch, image, self.value_range)
-            features = torch.from_numpy(source.get([samples[row] for row in choice.rows]))
+            features = source.get([samples[row] for row in choice.rows])
             if is_train:
                 self._held[prompt] = features[:1].clone()
         projection = self.text_to_cond if self.settings.use_text_prompt_cond else self.image_to_cond

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,6 @@ from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.settings import Settings
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from PIL.Image import Image
 
 _logger = logging.getLogger("vlmfilm.features")
@@ -151,8 +150,8 @@ class FeatureSource:
             film_logger().info("[VLM] cache_key_example: %s", key)
             film_logger().info("[VLM] cache_key_source: %s", source)
 
-    def get(self, samples: Sequence[Sample]) -> NDArray[np.float32]:
-        """Return the features (N, F) of samples, row i of sample i: float32."""
+    def get(self, samples: Sequence[Sample]) -> Tensor:
+        """Return the features (N, F) of samples, row i of sample i: float32, CPU."""
         with self._lock:
             wanted = {sample.key: sample for sample in samples}
             found = self._from_memory(wanted)
@@ -194,7 +193,7 @@ class FeatureSource:
                 film_logger().info("[VLM] encoder released: %s; epoch %d needed no encoding", name, self._epoch)
             self._epoch, self._missed_before_epoch = epoch, self.stats.miss
 
-    def of_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
+    def of_images(self, images: Sequence[Any]) -> Tensor:
         """Return the features (N, F) of PIL images, paths or arrays, keyed by their pixels."""
         pictures = [from_array(image) for image in images]
         arrays = [np.asarray(picture) for picture in pictures]
@@ -259,7 +258,7 @@ class FeatureSource:
         self.store.write(self.encoder.identity, rows)
         # What the store rounds (float16) is rounded from the first use on, so that a run is the same with a full and an empty store.
         dtype = np.dtype(self.store.embedding_dtype)
-        return [replace(row, feature=row.feature.astype(dtype)) for row in rows]
+        return [row._replace(feature=row.feature.astype(dtype)) for row in rows]
 
     def _remember(self, rows: Iterable[StoredFeature]) -> None:
         for row in rows:
@@ -269,10 +268,10 @@ class FeatureSource:
             self._memory.popitem(last=False)
 
 
-def stack(rows: Sequence[StoredFeature]) -> NDArray[np.float32]:
-    """Return the features (N, F) of N > 0 rows of one width: float32, writable."""
+def stack(rows: Sequence[StoredFeature]) -> Tensor:
+    """Return the features (N, F) of N > 0 rows of one width: float32, CPU, memory of their own."""
     # By torch: NumPy takes three times as long from float16 to float32.
-    return torch.from_numpy(np.stack([row.feature for row in rows])).float().numpy()
+    return torch.from_numpy(np.stack([row.feature for row in rows])).float()
 
 
 def _current(stored: StoredFeature, sample: Sample) -> StoredFeature | None:
@@ -290,7 +289,7 @@ def _current(stored: StoredFeature, sample: Sample) -> StoredFeature | None:
     if status.st_size != stored.stamp.size or (now := SourceStamp.of(sample.path)).digest != stored.stamp.digest:
         return None
     # A copied data set: same bytes, other time or place. Remember the new ones, or every step would read the file again.
-    return replace(stored, stamp=now)
+    return stored._replace(stamp=now)
 
 
 def check_features(features: Tensor, feature_dim: int, keys: Sequence[str] | None = None) -> None:

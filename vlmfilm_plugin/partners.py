@@ -5,20 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
+from torch import Tensor
 
 from vlmfilm_plugin.cache_key import cache_keys
 from vlmfilm_plugin.feature_store import SourceStamp
-from vlmfilm_plugin.features import FeatureSource, Sample
+from vlmfilm_plugin.features import FeatureSource, Sample, stack
 from vlmfilm_plugin.images import read_image
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 # Key and feature (F,) of another image.
-Partner = tuple[str, "NDArray[np.float32]"]
+Partner = tuple[str, Tensor]
 
 
 class Partners:
@@ -68,7 +65,7 @@ class Partners:
         for key in candidates:
             stored: Any = store.read(identity, [key]).get(key)
             if stored is not None and (digest is None or stored.stamp is None or stored.stamp.digest != digest):
-                return key, np.asarray(stored.feature, dtype=np.float32)
+                return key, stack([stored])[0]
         # Nothing to draw from yet is no pool to keep.
         self._pool = None
         return None

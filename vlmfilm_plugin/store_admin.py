@@ -202,7 +202,7 @@ def show(file: StoreFile, key: str, namespace: str | None = None) -> list[dict[s
                     "key": key,
                     "namespace": fingerprint,
                     "facts": _facts(facts),
-                    "stamp": None if stamp is None else vars(stamp),
+                    "stamp": None if stamp is None else stamp._asdict(),
                     "note": row[9],
                     "dtype": row[4],
                     "width": row[5],

@@ -111,9 +111,7 @@ class StoreFile:
 
     def _open_read_only(self) -> sqlite3.Connection:
         # immutable: SQLite would otherwise make files beside the database, which it cannot there.
-        uri = f"{self.path.resolve().as_uri()}?mode=ro&immutable=1"
-        connection = sqlite3.connect(uri, uri=True, timeout=self._timeout_s, isolation_level=None, check_same_thread=False)
-        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        connection = _connect(f"{self.path.resolve().as_uri()}?mode=ro&immutable=1", self._timeout_s, uri=True)
         try:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version != len(_MIGRATIONS):
@@ -128,10 +126,7 @@ class StoreFile:
         return connection
 
     def _open_writable(self) -> sqlite3.Connection:
-        # check_same_thread off: `close` ends the connections of all threads, and thread idents are reused.
-        connection = sqlite3.connect(self.path, timeout=self._timeout_s, isolation_level=None, check_same_thread=False)
-        # A damaged text must fail its row's check, not the whole read.
-        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        connection = _connect(self.path, self._timeout_s)
         try:
             _until(self._timeout_s, lambda: connection.execute("PRAGMA journal_mode = WAL").fetchone())
             connection.execute("PRAGMA synchronous = NORMAL")
@@ -141,6 +136,14 @@ class StoreFile:
             connection.close()
             raise
         return connection
+
+
+def _connect(place: str | Path, timeout_s: float, *, uri: bool = False) -> sqlite3.Connection:
+    # check_same_thread off: `close` ends the connections of all threads, and thread idents are reused.
+    connection = sqlite3.connect(place, uri=uri, timeout=timeout_s, isolation_level=None, check_same_thread=False)
+    # A damaged text must fail its row's check, not the whole read.
+    connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+    return connection
 
 
 @contextmanager

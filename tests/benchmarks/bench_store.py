@@ -2,8 +2,9 @@
 
 Run: `python tests/benchmarks/bench_store.py [--full] [--cold] [--json]`. A script, not a test: figures depend on the machine.
 
-A read goes from keys to one array (8, 2048) float32, of a file that is in the system's memory, as a store is after an epoch or a warm-up. `--cold`
-also reads a file that is not: the disk then decides, so beside it stands the time of eight bare blocks of 4 KiB from the same file.
+A read goes from keys to one tensor (8, 2048) float32, of a file that is in the system's memory, as a store is after an epoch or a warm-up; `best us`
+is the median of the quietest of ten rounds, for machines shared with others. `--cold` also reads a file that is not: the disk then decides, so
+beside it stands the time of eight bare blocks of 4 KiB from the same file.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from vlmfilm_plugin.feature_store import FeatureStore, SourceStamp, StoredFeatur
 from vlmfilm_plugin.features import stack
 
 IDENTITY = Identity({"encoder": "bench", "width": 2048})
-WIDTH, WRITE_BATCH, READ_BATCH, READS, COLD_READS = 2048, 64, 8, 2000, 200
+WIDTH, WRITE_BATCH, READ_BATCH, READS, ROUNDS, COLD_READS = 2048, 64, 8, 4000, 10, 200
 SIZES = (1_000, 10_000, 100_000)
 
 
@@ -103,7 +104,8 @@ def measure(folder: Path, sizes: tuple[int, ...], *, is_cold: bool) -> list[dict
                     cold["cold_read_p50_us"] = 1e6 * float(np.quantile(read(fresh, keys[:size], size + 1, COLD_READS), 0.5))
             remember(store.path)
             read(store, keys[:size], size + 2, READS // 10)
-            reads = read(store, keys[:size], size, READS)
+            rounds = [read(store, keys[:size], size + turn, READS // ROUNDS) for turn in range(ROUNDS)]
+            reads = [seconds for turn in rounds for seconds in turn]
             result.append(
                 {
                     "features": size,
@@ -113,6 +115,7 @@ def measure(folder: Path, sizes: tuple[int, ...], *, is_cold: bool) -> list[dict
                     "reads_per_s": READ_BATCH * len(reads) / sum(reads),
                     "read_p50_us": 1e6 * float(np.quantile(reads, 0.5)),
                     "read_p99_us": 1e6 * float(np.quantile(reads, 0.99)),
+                    "read_p50_us_best_round": 1e6 * min(float(np.quantile(turn, 0.5)) for turn in rounds),
                     "bytes_per_feature": store.path.stat().st_size / size,
                     **cold,
                 }
@@ -131,17 +134,17 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         rows = measure(Path(folder), (*SIZES, 1_000_000) if args.full else SIZES, is_cold=args.cold)
-    growth = rows[-1]["read_p50_us"] / rows[0]["read_p50_us"]
+    growth = rows[-1]["read_p50_us_best_round"] / rows[0]["read_p50_us_best_round"]
     facts = {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version, "width": WIDTH, "dtype": "float16"}
     if args.json:
         print(json.dumps({**facts, "rows": rows, "read_p50_growth": growth}, indent=2))
         return
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    heads = ["features", "writes/s", "p50 ms", "p99 ms", "reads/s", "p50 us", "p99 us", "bytes", *(["blocks us", "cold us"] if args.cold else [])]
+    heads = ["features", "writes/s", "p50 ms", "p99 ms", "reads/s", "p50 us", "p99 us", "best us", "bytes", *(["blocks us", "cold us"] if args.cold else [])]
     print(" ".join(f"{head:>9}" for head in heads))
     for row in rows:
         print(" ".join(f"{value:9.{2 if name.endswith('ms') else 0}f}" for name, value in row.items()))
-    print(f"median read of {READ_BATCH}, largest store / smallest: {growth:.2f}")
+    print(f"best us, largest store / smallest: {growth:.2f}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -32,7 +33,7 @@ class Identity:
 
     facts: Mapping[str, object]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Return 16 hex digits of the facts, after the encoder's name: `qwen2_5_vl-0f3a...`."""
         text = json.dumps(dict(self.facts), sort_keys=True, default=str)
