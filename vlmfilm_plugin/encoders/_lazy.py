@@ -123,6 +123,31 @@ class LazyEncoder:
         """Return the facts of this encoder besides model and preprocessing: its name, mode, pooling, prompt."""
 
 
+class OnePassEncoder(LazyEncoder):
+    """An encoder whose feature of an image comes out of one pass through the module."""
+
+    @property
+    @abstractmethod
+    def feature_dim(self) -> int:
+        """Return F, the width of a feature; no weights are read for it."""
+
+    def encode(self, images: Sequence[Image]) -> Tensor:
+        """Encode images (RGB, 8 bit, any sizes).
+
+        Shape:
+            return: (N, F) float32, CPU, detached.
+
+        Raises:
+            FeatureError: a feature holds NaN or infinity.
+            EncoderError: the weights cannot be loaded, a prompt cannot be used, or one image alone does not fit in memory.
+        """
+        return features_of(self.run(images, self._features), self.feature_dim, "image")
+
+    @abstractmethod
+    def _features(self, module: Any, pack: Pack) -> Sequence[Tensor]:
+        """Return the feature (F,) of each image: float32, CPU."""
+
+
 def in_groups(pack: Pack, key: Callable[[Prepared], Hashable], compute: Callable[[Pack], Sequence[Result]]) -> list[Result]:
     """Compute the images of one key together, and return the results in the order of `pack`."""
     groups: dict[Hashable, list[int]] = {}

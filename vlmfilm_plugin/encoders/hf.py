@@ -9,18 +9,16 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vlmfilm_plugin.encoders import _loading as loading
-from vlmfilm_plugin.encoders._lazy import LazyEncoder, Pack, Prepared, features_of, in_groups
+from vlmfilm_plugin.encoders._lazy import OnePassEncoder, Pack, Prepared, in_groups
 from vlmfilm_plugin.encoders._outputs import pooled, token_means
 from vlmfilm_plugin.errors import EncoderError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
 
     from vlmfilm_plugin.settings import Settings
@@ -69,7 +67,7 @@ def tower_of(config: Any, model: str) -> tuple[Any, Any]:
     return tower_class, tower_config
 
 
-class HfEncoder(LazyEncoder):
+class HfEncoder(OnePassEncoder):
     """Encode images by a frozen vision tower of transformers: its pooled output, else the mean over its patch tokens.
 
     Args:
@@ -95,21 +93,10 @@ class HfEncoder(LazyEncoder):
             raise EncoderError(f"cannot tell the width of {loading.name_of(self.settings)}", facts, "use another model")
         return width
 
-    def encode(self, images: Sequence[Image]) -> Tensor:
-        """Encode images (RGB, 8 bit, any sizes).
-
-        Shape:
-            return: (N, F) float32, CPU, detached.
-
-        Raises:
-            FeatureError: a feature holds NaN or infinity.
-            EncoderError: the weights cannot be loaded, or one image alone does not fit in memory.
-        """
-        return features_of(
-            self.run(images, lambda tower, pack: in_groups(pack, _form, lambda part: self._features(tower, part))), self.feature_dim, "image"
-        )
-
     def _features(self, tower: Any, pack: Pack) -> list[Tensor]:
+        return in_groups(pack, _form, lambda part: self._features_alike(tower, part))
+
+    def _features_alike(self, tower: Any, pack: Pack) -> list[Tensor]:
         device, weight = loading.device_of(tower), next(tower.parameters())
         inputs = {name: torch.cat([item.tensors[name] for item in pack]).to(device) for name in pack[0].tensors}
         pixels = inputs["pixel_values"].to(weight.dtype)

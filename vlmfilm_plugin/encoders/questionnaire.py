@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmfilm_plugin.encoders import _loading as loading
-from vlmfilm_plugin.encoders._lazy import Prepared, features_of
+from vlmfilm_plugin.encoders._lazy import OnePassEncoder, Pack, Prepared
 from vlmfilm_plugin.encoders._outputs import image_tokens
 from vlmfilm_plugin.encoders._questions import Questionnaire, read_questionnaire
 from vlmfilm_plugin.encoders._qwen_text import QwenModel
@@ -40,7 +40,7 @@ def from_settings(settings: Settings) -> QuestionnaireEncoder:
     return QuestionnaireEncoder(settings, read_config(settings), questionnaire)
 
 
-class QuestionnaireEncoder(QwenModel):
+class QuestionnaireEncoder(QwenModel, OnePassEncoder):
     """Encode images by the answers of the whole frozen model to fixed questions.
 
     Args:
@@ -65,19 +65,6 @@ class QuestionnaireEncoder(QwenModel):
     def feature_dim(self) -> int:
         """Return F, the number of options of all questions."""
         return len(self.columns)
-
-    def encode(self, images: Sequence[Image]) -> Tensor:
-        """Ask every question about images (RGB, 8 bit, any sizes).
-
-        Shape:
-            return: (N, F) float32, CPU, detached.
-
-        Raises:
-            FeatureError: a feature holds NaN or infinity.
-            EncoderError: the weights cannot be loaded, or a question cannot be asked.
-        """
-        rows = self.run(images, lambda model, pack: [self._log_probabilities(model, item) for item in pack])
-        return features_of(rows, self.feature_dim, "image")
 
     def encode_annotated(self, images: Sequence[Image]) -> tuple[Tensor, list[str]]:
         """Encode as `encode` does, and return the best answers to each image (see `note`)."""
@@ -113,6 +100,9 @@ class QuestionnaireEncoder(QwenModel):
             facts = {"letter": letter, "found": f"{len(ids)} tokens", "expected": "one token"}
             raise EncoderError("cannot read answers by letter with this tokenizer", facts, "use a published Qwen2.5-VL")
         return int(ids[0])
+
+    def _features(self, model: Any, pack: Pack) -> list[Tensor]:
+        return [self._log_probabilities(model, item) for item in pack]
 
     def _log_probabilities(self, model: Any, item: Prepared) -> Tensor:
         device = loading.device_of(model)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmfilm_plugin.encoders import _loading as loading
-from vlmfilm_plugin.encoders._lazy import LazyEncoder, Pack, features_of
+from vlmfilm_plugin.encoders._lazy import OnePassEncoder, Pack
 from vlmfilm_plugin.encoders._outputs import token_means
 from vlmfilm_plugin.encoders._qwen_text import QwenTextEncoder
 from vlmfilm_plugin.errors import SettingsError
@@ -46,7 +46,7 @@ def from_settings(settings: Settings) -> Encoder:
     return QwenTextEncoder(settings, config) if settings.use_text_prompt_cond else QwenImageEncoder(settings, config)
 
 
-class QwenImageEncoder(LazyEncoder):
+class QwenImageEncoder(OnePassEncoder):
     """Encode images by the frozen vision tower, averaged over tokens; the language model is never loaded."""
 
     @property
@@ -54,19 +54,7 @@ class QwenImageEncoder(LazyEncoder):
         """Return F, the width of the tower's output."""
         return int(self.config.vision_config.out_hidden_size)
 
-    def encode(self, images: Sequence[Image]) -> Tensor:
-        """Encode images (RGB, 8 bit, any sizes).
-
-        Shape:
-            return: (N, F) float32, CPU, detached.
-
-        Raises:
-            FeatureError: a feature holds NaN or infinity.
-            EncoderError: the weights cannot be loaded, or one image alone does not fit in memory.
-        """
-        return features_of(self.run(images, self._means), self.feature_dim, "image")
-
-    def _means(self, tower: torch.nn.Module, pack: Pack) -> list[Tensor]:
+    def _features(self, tower: Any, pack: Pack) -> list[Tensor]:
         device, weight = loading.device_of(tower), next(tower.parameters())
         grids, patches = (torch.cat([item.tensors[name] for item in pack]).to(device) for name in ("image_grid_thw", "pixel_values"))
         return token_means(tower(patches.to(weight.dtype), grid_thw=grids), grids, self.config.vision_config)
