@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import shutil
 from importlib.util import find_spec
 
 import pytest
 import torch
-from processes import DEMO_HOST, python, succeed
+from processes import DEMO_HOST, SCENARIO, python, verdicts_of
 from small_unet import SmallUNet, inputs, randomise
 from torch import Tensor, nn
 
@@ -163,7 +162,7 @@ def test_removing_where_the_host_took_the_module_out_already_still_takes_every_h
 # The rest runs in forks of one process that has imported torch and Lightning, but no host; cells are `exec` in one namespace.
 
 NOTEBOOK = """
-import gc, importlib, json, os, sys, traceback
+import gc, importlib
 import lightning.pytorch, torch
 import vlmfilm_plugin
 torch.set_num_threads(1)
@@ -210,23 +209,6 @@ def is_trained():
 def hooks_a_block(unet):
     return [len(stage[1]._forward_hooks) for stage in unet.ups]
 
-def scenario(function):
-    "Run in a fork; note what it raised."
-    name = function.__name__
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        os.environ["VLM_FILM_CACHE_DIR"] = os.path.join(os.environ["VLM_FILM_CACHE_DIR"], name)
-        verdict = "ok"
-        try:
-            function()
-        except BaseException as error:
-            traceback.print_exc()
-            verdict = f"{type(error).__name__}: {error}"
-        print()
-        print("VERDICT", json.dumps([name, verdict]), flush=True)
-        os._exit(0)
-    os.waitpid(child, 0)
 """
 
 SCENARIOS = """
@@ -380,10 +362,9 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("life")
     shutil.copytree(DEMO_HOST, root / "host", ignore=shutil.ignore_patterns("__pycache__"))
     script = root / "notebook.py"
-    script.write_text(NOTEBOOK + SCENARIOS + (TWO_HOSTS if HAS_OTHER_HOST else ""))
+    script.write_text(SCENARIO + NOTEBOOK + SCENARIOS + (TWO_HOSTS if HAS_OTHER_HOST else ""))
     result = python(script, cwd=root / "host", PYTHONPATH=str(root / "host"), VLM_FILM_CACHE_DIR=str(root / "cache"), **SETTINGS)
-    lines = [line.split(" ", 1)[1] for line in succeed(result).splitlines() if line.startswith("VERDICT ")]
-    return dict(json.loads(line) for line in lines)
+    return verdicts_of(result)
 
 
 def test_one_cell_run_again_and_again_gives_a_fresh_model_with_film_once(verdicts: dict[str, str]) -> None:

@@ -192,23 +192,12 @@ def apply_vlm_film(
         )
     permutation: list[int] | None = None
     if mode == "shuffle":
-        seed = step if step is not None else getattr(module, "global_step", None)
-        # Told apart by value: rows of one image must not exchange features with each other.
-        rows = exchange(groups_of(cond_vec), int(seed or 0))
-        permutation = rows if rows is not None else list(range(x.shape[0]))
-        _report_shuffle(permutation, module, rows is None)
-        cond_vec = cond_vec[permutation]
+        cond_vec, permutation = _exchanged(cond_vec, module, step)
     if mode == "off":
         gamma, beta = x.new_ones(x.shape[0], x.shape[1], 1, 1), x.new_zeros(x.shape[0], x.shape[1], 1, 1)
         y = x
     else:
-        gamma, beta = head(cond_vec)
-        if gamma.shape[1] != x.shape[1]:
-            raise FeatureError(
-                f"cannot apply FiLM at decoder stage {stage_idx}: the head is for another number of channels",
-                {"head": gamma.shape[1], "x": tuple(x.shape), "expected": f"a head for {x.shape[1]} channels"},
-                "pass the heads in stage order",
-            )
+        gamma, beta = _gamma_and_beta(head, cond_vec, x, stage_idx)
         y = modulate(x, gamma, beta)
     payload = {
         "gamma": gamma.detach(),
@@ -236,6 +225,27 @@ def _head_of(heads: nn.ModuleList | None, stage_idx: int, module: Any) -> nn.Mod
             "correct `vlm_film_decoder_stages`",
         )
     return heads[order.index(stage_idx)]
+
+
+def _gamma_and_beta(head: nn.Module, cond_vec: Tensor, x: Tensor, stage_idx: int) -> tuple[Tensor, Tensor]:
+    gamma, beta = head(cond_vec)
+    if gamma.shape[1] != x.shape[1]:
+        raise FeatureError(
+            f"cannot apply FiLM at decoder stage {stage_idx}: the head is for another number of channels",
+            {"head": gamma.shape[1], "x": tuple(x.shape), "expected": f"a head for {x.shape[1]} channels"},
+            "pass the heads in stage order",
+        )
+    return gamma, beta
+
+
+def _exchanged(cond_vec: Tensor, module: Any, step: int | None) -> tuple[Tensor, list[int]]:
+    """Return the rows of cond_vec (B, cond_dim) permuted by the step, and the permutation."""
+    seed = step if step is not None else getattr(module, "global_step", None)
+    # Told apart by value: rows of one image must not exchange features with each other.
+    rows = exchange(groups_of(cond_vec), int(seed or 0))
+    permutation = rows if rows is not None else list(range(len(cond_vec)))
+    _report_shuffle(permutation, module, rows is None)
+    return cond_vec[permutation], permutation
 
 
 # The epoch whose permutation was reported last; by the model's class, since a model need not be hashable.

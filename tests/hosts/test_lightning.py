@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
 import torch
-from processes import python, succeed
+from processes import SCENARIO, python, succeed, verdicts_of
 from stand_in import SETTINGS, StandIn
 
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
@@ -15,29 +14,10 @@ from vlmfilm_plugin.feature_store import FeatureStore
 
 # Each scenario is a fork of one process that has imported Lightning, but no host; its mode is set and it is activated by itself.
 SCRIPT = """
-import json, os, sys, traceback
 import lightning.pytorch as L, torch
 import vlmfilm_plugin
 torch.set_num_threads(1)
 DATA, ROOT = os.environ["DATA"], os.environ["ROOT"]
-
-def scenario(function):
-    name = function.__name__
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        os.environ["VLM_FILM_CACHE_DIR"] = f"{ROOT}/cache-{name}"
-        parent, verdict = os.getpid(), "ok"
-        try:
-            function()
-        except BaseException as error:
-            traceback.print_exc()
-            verdict = f"{type(error).__name__}: {error}"
-        if os.getpid() == parent:
-            print()
-            print("VERDICT", json.dumps([name, verdict]), flush=True)
-        os._exit(0)
-    os.waitpid(child, 0)
 
 def start(mode):
     os.environ["VLM_FILM_MODE"] = mode
@@ -391,11 +371,11 @@ def verdicts(stand_in: StandIn) -> dict[str, str]:
     root = stand_in.root / "lightning"
     root.mkdir()
     script = root / "scenarios.py"
-    script.write_text(SCRIPT + SCENARIOS)
-    result = python(script, cwd=stand_in.repo, PYTHONPATH=str(stand_in.repo), DATA=str(stand_in.data), ROOT=str(root), **SETTINGS)
+    script.write_text(SCENARIO + SCRIPT + SCENARIOS)
+    variables = {"DATA": str(stand_in.data), "ROOT": str(root), "VLM_FILM_CACHE_DIR": str(root / "cache"), **SETTINGS}
+    result = python(script, cwd=stand_in.repo, PYTHONPATH=str(stand_in.repo), **variables)
     (root / "stderr").write_text(result.stderr)
-    lines = [line.split(" ", 1)[1] for line in succeed(result).splitlines() if line.startswith("VERDICT ")]
-    return dict(json.loads(line) for line in lines)
+    return verdicts_of(result)
 
 
 def test_the_hosts_own_script_trains_with_ddp_in_two_processes(stand_in: StandIn) -> None:
