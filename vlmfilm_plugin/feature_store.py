@@ -41,7 +41,7 @@ _SELECT = f"SELECT {COLUMNS} FROM features WHERE namespace = (SELECT id FROM nam
 WIDTH = "SELECT width FROM features WHERE namespace = ? AND length(data) = width * CASE dtype WHEN 'float16' THEN 2 ELSE 4 END LIMIT 1"
 
 
-# Named tuples: eight of each are made for every batch, and frozen dataclasses take three times as long.
+# Named tuples: eight of each are made for every batch, and frozen dataclasses take twice as long.
 class SourceStamp(NamedTuple):
     """What a source file was when its feature was made: bytes, modification time in ns, blake2b-128 of the content, and its place.
 
