@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmfilm_plugin.encoders._digest import folder_digest
-from vlmfilm_plugin.encoders._weights import WeightFiles
+from vlmfilm_plugin.encoders._weights import WeightFiles, incomplete
 from vlmfilm_plugin.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -127,9 +127,7 @@ def _load(model_class: Any, settings: Settings, **options: Any) -> torch.nn.Modu
         model, report = model_class.from_pretrained(**options, output_loading_info=True)
         missing = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
         if missing:
-            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            facts = {"model": name_of(settings), "missing or of another shape": shown, "expected": f"every weight of {model_class.__name__}"}
-            raise EncoderError("cannot use these weights: some are missing", facts, "download the model again; its files are not complete")
+            raise incomplete(name_of(settings), "missing or of another shape", missing, f"every weight of {model_class.__name__}")
         if not spread:
             wanted = None if settings.device_map in _SPREADING else settings.device_map
             model = model.to(torch.device(wanted or _default_device()))

@@ -14,6 +14,16 @@ from vlmfilm_plugin.errors import EncoderError
 _EXTRA_TOKENS = ("cls_token", "class_embedding", "register_tokens", "distillation_token")
 
 
+def token_counts(grids: Tensor, config: Any) -> list[int]:
+    """Return how many tokens a tower of the Qwen family gives for each image.
+
+    Args:
+        grids: (N, 3), the (time, height, width) of each image's patches.
+        config: the tower's.
+    """
+    return [int(size) for size in grids.prod(-1) // int(config.spatial_merge_size) ** 2]
+
+
 def token_means(output: object, grids: Tensor, config: Any) -> list[Tensor]:
     """Return the mean over the tokens of each image (F,): float32, CPU.
 
@@ -22,9 +32,8 @@ def token_means(output: object, grids: Tensor, config: Any) -> list[Tensor]:
         grids: (N, 3), the (time, height, width) of each image's patches.
         config: the tower's.
     """
-    sizes = [int(size) for size in grids.prod(-1) // int(config.spatial_merge_size) ** 2]
     # The mean in float32: half precision would round sums over thousands of tokens.
-    return list(torch.stack([tokens.float().mean(0) for tokens in image_tokens(output, sizes)]).cpu().unbind())
+    return list(torch.stack([tokens.float().mean(0) for tokens in image_tokens(output, token_counts(grids, config))]).cpu().unbind())
 
 
 def pooled(output: object, tower: torch.nn.Module, mask: Tensor | None = None) -> list[Tensor]:

@@ -12,6 +12,7 @@ import torch
 
 from vlmfilm_plugin.encoders import _loading as loading
 from vlmfilm_plugin.encoders._lazy import LazyEncoder, Pack, features_of, in_groups
+from vlmfilm_plugin.encoders._outputs import token_counts
 from vlmfilm_plugin.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -48,10 +49,25 @@ class QwenModel(LazyEncoder):
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
+    def _padded(self, rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return ids and mask (rows, length) of rows of token ids.
+
+        Padding on the right: attention is causal, so no real token sees it, and positions count from the left.
+        """
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids = pad([torch.tensor(row) for row in rows], batch_first=True, padding_value=self._pad_id)
+        mask = pad([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+        return ids.to(device), mask.to(device)
+
     def _load(self) -> torch.nn.Module:
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         return loading.load_model(self.settings, self.config, Qwen2_5_VLForConditionalGeneration)
+
+
+def language_model_of(model: Any) -> Any:
+    """Return the language model of a Qwen2.5-VL, whose place moved in transformers 4.52."""
+    return getattr(model.model, "language_model", model.model)
 
 
 class QwenTextEncoder(QwenModel):
@@ -121,8 +137,8 @@ class QwenTextEncoder(QwenModel):
 
     def _describe_alike(self, model: Any, pack: Pack, before: list[int], after: list[int]) -> list[str]:
         device = loading.device_of(model)
-        image_token, merged = self.config.image_token_id, int(self.config.vision_config.spatial_merge_size) ** 2
-        row = before + [image_token] * int(pack[0].tensors["image_grid_thw"].prod() // merged) + after
+        image_token = self.config.image_token_id
+        row = before + [image_token] * token_counts(pack[0].tensors["image_grid_thw"], self.config.vision_config)[0] + after
         ids = torch.tensor([row] * len(pack), device=device)
         grids, patches = (torch.cat([item.tensors[name] for item in pack]).to(device) for name in ("image_grid_thw", "pixel_values"))
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_grid_thw": grids, "pixel_values": patches.to(model.dtype)}
@@ -138,15 +154,9 @@ class QwenTextEncoder(QwenModel):
     def _pooled(self, model: Any, texts: Sequence[str]) -> list[Tensor]:
         # A model may answer with nothing: one pad token stands for the empty text.
         rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] or [self._pad_id] for text in texts]
-        # Padding on the right: attention is causal, so a real token never sees it.
-        ids = torch.full((len(rows), max(map(len, rows))), self._pad_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(rows):
-            ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
-        ids, mask = ids.to(device := loading.device_of(model)), mask.to(device)
-        # The language model alone, whose place moved in transformers 4.52: the whole one would reuse the image positions of the last generation.
-        language_model = getattr(model.model, "language_model", model.model)
-        states = language_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
+        ids, mask = self._padded(rows, loading.device_of(model))
+        # The language model alone: the whole one would reuse the image positions of the last generation.
+        states = language_model_of(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
         if self.settings.pool == "last":
             return [states[row, len(tokens) - 1].cpu() for row, tokens in enumerate(rows)]
         return [states[row, : len(tokens)].mean(0).cpu() for row, tokens in enumerate(rows)]

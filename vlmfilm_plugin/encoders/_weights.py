@@ -71,9 +71,7 @@ class WeightFiles:
         prefix = find_prefix(self.file_of, names)
         missing = [name for name in names if prefix + name not in self.file_of]
         if missing:
-            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            facts = {"model": model, "missing": shown, "expected": f"{len(names)} weights under one prefix, best {prefix!r}"}
-            raise EncoderError("cannot use these weights: some are missing", facts, "download the model again; its files are not complete")
+            raise incomplete(model, "missing", missing, f"{len(names)} weights under one prefix, best {prefix!r}")
         wanted: dict[str, list[str]] = {}
         for name in names:
             wanted.setdefault(self.file_of[prefix + name], []).append(name)
@@ -82,6 +80,13 @@ class WeightFiles:
             with _opened(self.locate(file)) as (_, get):
                 weights.update({name: get(prefix + name) for name in held})
         return weights
+
+
+def incomplete(model: str, label: str, names: Sequence[str], expected: str) -> EncoderError:
+    """Return the error about weights that a checkpoint lacks; `label` says in which way."""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    facts = {"model": model, label: shown, "expected": expected}
+    return EncoderError("cannot use these weights: some are missing", facts, "download the model again; its files are not complete")
 
 
 def find_prefix(keys: Mapping[str, str] | Sequence[str], names: Sequence[str]) -> str:

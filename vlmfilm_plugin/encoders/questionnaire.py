@@ -16,9 +16,9 @@ import torch
 
 from vlmfilm_plugin.encoders import _loading as loading
 from vlmfilm_plugin.encoders._lazy import OnePassEncoder, Pack, Prepared
-from vlmfilm_plugin.encoders._outputs import image_tokens
+from vlmfilm_plugin.encoders._outputs import image_tokens, token_counts
 from vlmfilm_plugin.encoders._questions import Questionnaire, read_questionnaire
-from vlmfilm_plugin.encoders._qwen_text import QwenModel
+from vlmfilm_plugin.encoders._qwen_text import QwenModel, language_model_of
 from vlmfilm_plugin.encoders.qwen2_5_vl import read_config
 from vlmfilm_plugin.errors import EncoderError
 
@@ -113,8 +113,7 @@ class QuestionnaireEncoder(QwenModel, OnePassEncoder):
         embeds = model.get_input_embeddings()(ids)
         # The same image in every row: the tower runs once for all questions.
         embeds = embeds.masked_scatter(is_image[..., None], tokens.to(embeds).repeat(len(ids), 1))
-        inner = model.model
-        states = getattr(inner, "language_model", inner)(
+        states = language_model_of(model)(
             inputs_embeds=embeds, position_ids=_positions(model, ids, mask, is_image, grid), attention_mask=mask, use_cache=False
         ).last_hidden_state
         # One row of logits a question: those of every token would be gigabytes.
@@ -123,17 +122,12 @@ class QuestionnaireEncoder(QwenModel, OnePassEncoder):
 
     def _rows(self, image_tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return ids and mask (questions, length) and the last real position of each row."""
-        rows = [torch.tensor([*before, *[self.config.image_token_id] * image_tokens, *after]) for before, after in self._prompts]
-        # Padding on the right: attention is causal, so no real token sees it, and positions count from the left.
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad_id)
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        return ids.to(device), mask.to(device), lengths - 1
+        rows = [[*before, *[self.config.image_token_id] * image_tokens, *after] for before, after in self._prompts]
+        return *self._padded(rows, device), torch.tensor([len(row) - 1 for row in rows])
 
     def _image_tokens(self, model: Any, patches: Tensor, grid: Tensor) -> Tensor:
-        size = int(grid.prod()) // int(self.config.vision_config.spatial_merge_size) ** 2
         tower = model.visual if hasattr(model, "visual") else model.model.visual  # moved in transformers 4.52
-        return image_tokens(tower(patches, grid_thw=grid), [size])[0]
+        return image_tokens(tower(patches, grid_thw=grid), token_counts(grid, self.config.vision_config))[0]
 
     def _facts(self) -> dict[str, object]:
         asked = [(question.id, self.questionnaire.prompt(question), list(question.options)) for question in self.questionnaire.questions]
