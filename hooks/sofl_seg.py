@@ -61,7 +61,7 @@ def _images_of(folder: str, split: str) -> list[SourceImage]:
         ) from error
     prefix = f"{os.path.basename(folder)}/image"
     return [
-        SourceImage(path=os.path.abspath(os.path.join(folder, "image", file)), split=split, fields={"name": [f"{prefix}/{file}"]})
+        SourceImage(path=os.path.abspath(os.path.join(folder, "image", file)), fields={"name": [f"{prefix}/{file}"]})
         for file in files
         if file.lower().endswith(IMAGE_SUFFIXES)
     ]

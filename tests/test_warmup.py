@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,18 @@ def test_settings_and_splits_come_from_the_configuration(tmp_path: Path) -> None
     assert {key.split("/")[0] for key in keys_in(tmp_path / "from_config")} == {"unknown:train", "unknown:val"}
     stronger = warmup_vlm_cache(config, ("test",), show_progress=False, cache_dir=str(tmp_path / "given"))
     assert stronger.stores == [str(tmp_path / "given" / "features.sqlite")]
+
+
+def test_a_broken_adapter_is_reported_and_another_lists_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_images(tmp_path / "train" / "image", 2)
+    broken = EntryPoint(name="other_host", value="no_such_adapter", group="vlmfilm.hosts")
+    known = list(entry_points(group="vlmfilm.hosts"))
+    monkeypatch.setattr("vlmfilm_plugin.warmup_sources.entry_points", lambda group: [broken, *known])
+    plan = read_plan({"model": {"arch_name": "x"}, "data": {"train_dir": str(tmp_path / "train")}}, ["train"])
+    assert len(plan.entries) == 2
+    assert "no_such_adapter cannot be loaded: ModuleNotFoundError" in caplog.text
 
 
 def test_a_configuration_nobody_knows_and_a_missing_folder_are_errors(tmp_path: Path) -> None:

@@ -150,12 +150,10 @@ class SourceImage:
 
     Attributes:
         path: the untouched file.
-        split: `train`, `val` or `test`.
         fields: what a batch of this one image holds beside it, the source of its cache key: `{"name": ["train/image/0001.png"]}`.
     """
 
     path: str
-    split: str
     fields: Mapping[str, object]
 
 

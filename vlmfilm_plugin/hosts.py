@@ -6,7 +6,7 @@ The only file that wraps a host's functions. An adapter says what; see `hookspec
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import wrapt
 
 from vlmfilm_plugin import hookspecs
 from vlmfilm_plugin.errors import HostError
-from vlmfilm_plugin.hookspecs import Config, HostSpec, Sources, Steps, UNet
+from vlmfilm_plugin.hookspecs import Config, HostSpec, Listing, Sources, Steps, UNet
 
 if TYPE_CHECKING:
     from vlmfilm_plugin.runtime import Runtime
@@ -79,6 +79,11 @@ class AdapterRegistry:
                 "uninstall all but one of them",
             )
         return specs[0] if specs else None
+
+    def listings(self, config: Mapping[str, Any], splits: Sequence[str]) -> list[Listing]:
+        """Return what each adapter that knows this host configuration lists of these splits."""
+        found: list[Listing] = self._manager.hook.vlmfilm_listing(config=config, splits=tuple(splits))
+        return found
 
 
 def patch_host(module: ModuleType, spec: HostSpec, runtime: Runtime) -> None:

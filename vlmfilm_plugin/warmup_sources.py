@@ -14,12 +14,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-import pluggy
-
-from vlmfilm_plugin import hookspecs
 from vlmfilm_plugin.cache_key import FINGERPRINT, cache_keys, path_key, split_of
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
 from vlmfilm_plugin.features import Sample
+from vlmfilm_plugin.hookspecs import ENTRY_POINTS
+from vlmfilm_plugin.hosts import AdapterRegistry
 from vlmfilm_plugin.images import read_image
 
 logger = logging.getLogger("vlmfilm.warmup")
@@ -104,14 +103,13 @@ def samples_of(plan: Plan, dataset_root: str | None) -> tuple[list[Sample], list
 
 
 def _host_plan(config: Mapping[str, Any], splits: Sequence[str], origin: str) -> Plan:
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
-    for value, entry in sorted({entry.value: entry for entry in entry_points(group=hookspecs.ENTRY_POINTS)}.items()):
-        try:
-            manager.register(entry.load())
-        except Exception as error:  # a broken adapter of another host must not stop this one
-            logger.warning("adapter %s cannot be loaded: %s: %s", value, type(error).__name__, error)
-    found: list[hookspecs.Listing] = manager.hook.vlmfilm_listing(config=config, splits=tuple(splits))
+    registry = AdapterRegistry()
+    for _, entry in sorted({entry.value: entry for entry in entry_points(group=ENTRY_POINTS)}.items()):
+        registry.load(entry)
+    # A broken adapter of another host must not stop this one.
+    for name, error in registry.failures:
+        logger.warning("adapter %s cannot be loaded: %s: %s", name, type(error).__name__, error)
+    found = registry.listings(config, splits)
     if len(found) != 1:
         hosts = ", ".join(listing.host for listing in found) or "none"
         facts = {"configuration": origin, "adapters that know it": hosts, "expected": "exactly one, with a `vlmfilm_listing` hook"}
