@@ -16,10 +16,8 @@ from torch import Tensor
 from vlmfilm_plugin.architecture import read_extra_state
 from vlmfilm_plugin.checkpoint import METADATA, TRAINED_STAGES, to_port_layout
 from vlmfilm_plugin.errors import CheckpointError
-from vlmfilm_plugin.film_module import ATTRIBUTE
+from vlmfilm_plugin.film_module import MARKER
 
-LAYOUTS = ("own", "port")
-_MARKER = f"{ATTRIBUTE}."
 _KEY = "vlmfilm"
 
 
@@ -40,19 +38,19 @@ def export_adapter(checkpoint: str | Path, out: str | Path, layout: str = "own")
 
     content = _load(checkpoint)
     state = content.get("state_dict", content)
-    film = {name: value for name, value in state.items() if _MARKER in name}
+    film = {name: value for name, value in state.items() if MARKER in name}
     if not film:
         raise CheckpointError(
             "cannot export FiLM: the checkpoint holds none",
-            {"checkpoint": checkpoint, "expected": f"keys with {_MARKER!r} in them"},
+            {"checkpoint": checkpoint, "expected": f"keys with {MARKER!r} in them"},
             "give one of a FiLM run",
         )
     metadata = content.get(METADATA) or {"architecture": _architecture(film), "settings": {}, "mode": None}
     tensors = to_port_layout(film) if layout == "port" else film
-    # safetensors refuses views of shared memory, which a checkpoint of a tied copy may hold.
     if not Path(out).parent.is_dir():
         facts = {"found": f"no folder {Path(out).parent}", "expected": "a file in an existing folder"}
         raise CheckpointError("cannot write the adapter", facts, "make the folder, or give another path")
+    # safetensors refuses views of shared memory, which a checkpoint of a tied copy may hold.
     save_file(
         {name: value.contiguous().clone() for name, value in tensors.items()},
         str(out),
@@ -100,10 +98,10 @@ def apply_adapter(adapter: str | Path, checkpoint: str | Path, out: str | Path) 
 
 def _merge(state: Mapping[str, Any], tensors: Mapping[str, Tensor], adapter: object, checkpoint: object) -> dict[str, Any]:
     """Put FiLM's tensors behind the last key of the UNet they belong to, where the module itself would have them."""
-    rest = {name: value for name, value in state.items() if _MARKER not in name}
+    rest = {name: value for name, value in state.items() if MARKER not in name}
     by_unet: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        by_unet.setdefault(name[: name.index(_MARKER)], {})[name] = value
+        by_unet.setdefault(name[: name.index(MARKER)], {})[name] = value
     last = {unet: [name for name in rest if name.startswith(unet)][-1:] for unet in by_unet}
     homeless = [unet for unet, found in last.items() if not found]
     if homeless:

@@ -16,7 +16,7 @@ from torch import nn
 
 from vlmfilm_plugin.architecture import read_extra_state
 from vlmfilm_plugin.errors import CheckpointError
-from vlmfilm_plugin.film_module import ATTRIBUTE, FilmModule, film_modules
+from vlmfilm_plugin.film_module import MARKER, FilmModule, film_modules
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.settings import Settings
 
@@ -81,7 +81,7 @@ def facts_of(checkpoint: Mapping[str, Any], path: str) -> CheckpointFacts | None
         return CheckpointFacts(path, metadata["settings"], _architecture_settings(metadata["architecture"]))
     if any(str(name).startswith(PORT_HEADS) for name in state):
         return _port_facts(checkpoint, state, path)
-    extra = next((value for name, value in state.items() if str(name).endswith(f"{ATTRIBUTE}._extra_state")), None)
+    extra = next((value for name, value in state.items() if str(name).endswith(f"{MARKER}_extra_state")), None)
     return None if extra is None else CheckpointFacts(path, {}, _architecture_settings(read_extra_state(extra)))
 
 
@@ -185,10 +185,9 @@ def to_port_layout(state: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: the state dict holds no FiLM.
     """
-    marker = f"{ATTRIBUTE}."
-    prefix = next((name[: name.index(marker) + len(marker)] for name in state if marker in name), None)
+    prefix = next((name[: name.index(MARKER) + len(MARKER)] for name in state if MARKER in name), None)
     if prefix is None:
-        facts = {"keys": len(state), "expected": f"keys with {marker!r} in them"}
+        facts = {"keys": len(state), "expected": f"keys with {MARKER!r} in them"}
         raise CheckpointError("cannot write the port's layout: this state dict holds no FiLM", facts, "give the state dict of a FiLM run")
     described = read_extra_state(state[f"{prefix}_extra_state"]) if f"{prefix}_extra_state" in state else {}
     scales = {name: described.get(name) for name in ("gamma_scale", "beta_scale")}
@@ -198,7 +197,7 @@ def to_port_layout(state: Mapping[str, Any]) -> dict[str, Any]:
             "with the same scales; this package reads the port's layout as unbounded",
             *scales.values(),
         )
-    result: dict[str, Any] = {name: value for name, value in state.items() if marker not in name}
+    result: dict[str, Any] = {name: value for name, value in state.items() if MARKER not in name}
     for name, value in state.items():
         if name.startswith(prefix) and not name.endswith("_extra_state"):
             own = name[len(prefix) :]

@@ -15,7 +15,7 @@ from vlmfilm_plugin.cache_key import cache_keys
 from vlmfilm_plugin.diagnostics import statistics
 from vlmfilm_plugin.errors import ConditionError, FeatureError
 from vlmfilm_plugin.features import FeatureSource
-from vlmfilm_plugin.film import ImageToConditionVector, TextToConditionVector, modulate
+from vlmfilm_plugin.film import ImageToConditionVector, TextToConditionVector, identity_for, modulate
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.permutation import exchange, groups_of, permutation_hash
 from vlmfilm_plugin.policy import ConditionPolicy
@@ -194,7 +194,7 @@ def apply_vlm_film(
     if mode == "shuffle":
         cond_vec, permutation = _exchanged(cond_vec, module, step)
     if mode == "off":
-        gamma, beta = x.new_ones(x.shape[0], x.shape[1], 1, 1), x.new_zeros(x.shape[0], x.shape[1], 1, 1)
+        gamma, beta = identity_for(x)
         y = x
     else:
         gamma, beta = _gamma_and_beta(head, cond_vec, x, stage_idx)

@@ -32,13 +32,13 @@ _KEYS_PER_SELECT = 500  # SQLite's old limit is 999 variables a statement
 _DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 # Every column of a row but its namespace, in the order of `Row`.
 COLUMNS = "key, source_size, source_mtime_ns, source_digest, dtype, width, data, checksum, created, note"
-UPSERT = f"INSERT OR REPLACE INTO features (namespace, {COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-NAMESPACE = "INSERT OR IGNORE INTO namespaces (fingerprint, facts, created) VALUES (?, ?, ?)"
+_UPSERT = f"INSERT OR REPLACE INTO features (namespace, {COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_NAMESPACE = "INSERT OR IGNORE INTO namespaces (fingerprint, facts, created) VALUES (?, ?, ?)"
 # By fingerprint each time: ids are used again after a prune, so a remembered one might be another encoder's.
 _SELECT = f"SELECT {COLUMNS} FROM features WHERE namespace = (SELECT id FROM namespaces WHERE fingerprint = ?) AND key IN "
 
 # The width of a namespace is that of any sound row; a damaged one must not stop its own repair.
-WIDTH = "SELECT width FROM features WHERE namespace = ? AND length(data) = width * CASE dtype WHEN 'float16' THEN 2 ELSE 4 END LIMIT 1"
+_WIDTH = "SELECT width FROM features WHERE namespace = ? AND length(data) = width * CASE dtype WHEN 'float16' THEN 2 ELSE 4 END LIMIT 1"
 
 
 # Named tuples: eight of each are made for every batch, and frozen dataclasses take twice as long.
@@ -195,15 +195,15 @@ def insert_rows(connection: sqlite3.Connection, fingerprint: str, facts: str, ro
     Raises:
         FeatureError: the widths differ from each other, or from those in the namespace.
     """
-    connection.execute(NAMESPACE, (fingerprint, facts, time.time()))
+    connection.execute(_NAMESPACE, (fingerprint, facts, time.time()))
     (namespace,) = connection.execute("SELECT id FROM namespaces WHERE fingerprint = ?", (fingerprint,)).fetchone()
-    stored = connection.execute(WIDTH, (namespace,)).fetchone()
+    stored = connection.execute(_WIDTH, (namespace,)).fetchone()
     expected = stored[0] if stored else rows[0][5]
     for row in rows:
         if row[5] != expected:
             found = {"key": repr(key_to_text(row[0])), "found": f"({row[5]},)", "expected": f"({expected},)"}
             raise FeatureError("cannot store features of different widths in one namespace", found, "store the features of one encoder only")
-    connection.executemany(UPSERT, [(namespace, *row) for row in rows])
+    connection.executemany(_UPSERT, [(namespace, *row) for row in rows])
 
 
 def decode(row: Row) -> np.ndarray[Any, Any] | None:

@@ -126,6 +126,11 @@ def modulate(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
+def identity_for(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gamma 1 and beta 0 that leave x (B, C, H, W) alone: each (B, C, 1, 1)."""
+    return x.new_ones(*x.shape[:2], 1, 1), x.new_zeros(*x.shape[:2], 1, 1)
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which autocast leaves FiLM's own layers alone."""
     kind = x.device.type

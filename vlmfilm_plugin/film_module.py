@@ -16,6 +16,8 @@ from vlmfilm_plugin.log import film_logger
 
 ATTRIBUTE = "vlm_film"
 """Name under which a UNet holds its FiLM."""
+MARKER = f"{ATTRIBUTE}."
+"""What stands in the state-dict key of every FiLM tensor."""
 
 _warned_of_baseline: set[str] = set()
 

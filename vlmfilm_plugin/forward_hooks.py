@@ -16,7 +16,7 @@ from vlmfilm_plugin import conditioning
 from vlmfilm_plugin.architecture import Stage
 from vlmfilm_plugin.conditioning import Frame
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
-from vlmfilm_plugin.film import modulate
+from vlmfilm_plugin.film import identity_for, modulate
 from vlmfilm_plugin.film_module import ATTRIBUTE, FilmModule
 from vlmfilm_plugin.settings import MODE_VARIABLE
 
@@ -135,7 +135,7 @@ class ModulateBlock:
 
 def _assert_identity(x: Tensor, stage: Stage, frame: Frame) -> None:
     """Check on a logged step that gamma 1 and beta 0 leave x alone to the bit."""
-    gamma, beta = x.new_ones(x.shape[0], x.shape[1], 1, 1), x.new_zeros(x.shape[0], x.shape[1], 1, 1)
+    gamma, beta = identity_for(x)
     y = modulate(x, gamma, beta)
     if not bool(((y == x) | (y.isnan() & x.isnan())).all()):
         raise HostError(

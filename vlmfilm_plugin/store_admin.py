@@ -114,18 +114,16 @@ class Merged:
     damaged: int = 0
 
 
-def merge(source: StoreFile, target: StoreFile) -> Merged:
-    """Copy every sound feature of `source` into `target`; of two with one key the newer stays.
+def merge(source: StoreFile, target: StoreFile, done: Merged) -> None:
+    """Copy every sound feature of `source` into `target`; of two with one key the newer stays. Count into `done`.
 
     Raises:
         FeatureError: a namespace holds another width in the target.
     """
-    done = Merged()
     with source.use("read") as reading:
         for identifier, fingerprint, facts in _namespaces(reading):
             for rows in _chunks(_rows(reading, identifier)):
                 put(target, fingerprint, facts, rows, done)
-    return done
 
 
 def put(target: StoreFile, fingerprint: str, facts: str, rows: Sequence[Row], done: Merged) -> None:

@@ -98,8 +98,7 @@ def _merge(arguments: argparse.Namespace) -> int:
             with opened(place) as source:
                 if os.path.samefile(source.path, target.path):
                     raise StoreError("cannot merge a store into itself", {"store": source.path}, "take it out of the sources")
-                done = merge(source, target)
-            total = Merged(*(a + b for a, b in zip(vars(total).values(), vars(done).values(), strict=True)))
+                merge(source, target, total)
         _say(arguments, {"store": str(target.path), **asdict(total)}, f"{target.path}: {_counts(total)}")
     return 1 if total.damaged else 0
 
