@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny_encoders
 import torch
@@ -36,8 +35,7 @@ def _encoder(folder: Path, **values: object) -> HfEncoder:
 
 @pytest.fixture(scope="module")
 def images() -> list[Image.Image]:
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in SIZES]
+    return tiny_encoders.noise(SIZES)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_encoders import noise
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vlmfilm_plugin.encoders import AnnotatedEncoder, build_encoder, encode_annotated
@@ -35,8 +35,7 @@ def _encoder(folder: Path | str, **values: object) -> QuestionnaireEncoder:
 
 @pytest.fixture(scope="module")
 def images() -> list[Image.Image]:
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in SIZES]
+    return noise(SIZES)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_encoders import noise
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -52,8 +53,7 @@ def _text_encoder(folder: Path | str, **values: object) -> QwenTextEncoder:
 
 @pytest.fixture(scope="module")
 def images() -> list[Image.Image]:
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in SIZES]
+    return noise(SIZES)
 
 
 @pytest.fixture

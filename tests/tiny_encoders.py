@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 
 VISION: dict[str, Any] = {
     "hidden_size": 32,
@@ -23,6 +25,12 @@ MARKS = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZE = {"height": 32, "width": 32}
 CLIP_SIZES: dict[str, Any] = {"size": {"shortest_edge": 32}, "crop_size": SIZE}
+
+
+def noise(sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
+    """Return an RGB image of random pixels for each (height, width), the same ones each time."""
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
 
 
 def build(name: str, folder: Path, *, seed: int = 0, **save: Any) -> Path:

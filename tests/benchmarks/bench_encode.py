@@ -10,9 +10,7 @@ read a weight would fail.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_qwen
+from processes import python
 from stand_in import StandIn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -95,16 +94,14 @@ def first_step(rounds: int) -> None:
     found: dict[str, list[float]] = {"plain": [], "film": []}
     for _ in range(rounds):
         for name in found:
-            env = {key: value for key, value in os.environ.items() if not key.startswith("VLM_F")} | {"OMP_NUM_THREADS": "1"}
-            if name == "film":
-                env |= {"VLM_FILM_MODE": "on", "VLM_FILM_CACHE_DIR": str(host.root / "cache"), "VLM_FILM_ON_MISSING_FEATURE": "error", **variables}
-            command = [sys.executable, "-c", FIRST_STEP.format(is_film=name == "film"), str(host.config(name))]
-            done = subprocess.run(command, cwd=host.repo, env=env, capture_output=True, text=True, check=False)
+            film = {"VLM_FILM_MODE": "on", "VLM_FILM_CACHE_DIR": str(host.root / "cache"), "VLM_FILM_ON_MISSING_FEATURE": "error", **variables}
+            code = FIRST_STEP.format(is_film=name == "film")
+            done = python("-c", code, host.config(name), cwd=host.repo, **(film if name == "film" else {}))
             lines = [line for line in done.stdout.splitlines() if line.startswith("FIRST")]
             assert lines, done.stderr[-2000:]
             found[name].append(float(lines[0].split()[1]))
-    plain, film = (statistics.median(values) for values in found.values())
-    print(f"seconds to the first training step: plain {plain:.2f}, on with a full store {film:.2f}; no weight of the encoder was read")
+    plain, on = (statistics.median(values) for values in found.values())
+    print(f"seconds to the first training step: plain {plain:.2f}, on with a full store {on:.2f}; no weight of the encoder was read")
 
 
 def main() -> None:
