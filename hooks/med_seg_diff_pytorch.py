@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from vlmfilm_plugin.hookspecs import HostSpec, Steps, UNet, hookimpl
+from vlmfilm_plugin.host_spec import HostSpec, Steps, UNet, hookimpl
 
 NAME = "med-seg-diff-pytorch"
 TARGETS = {"post_block2": "ups.*.1", "post_block1": "ups.*.0"}

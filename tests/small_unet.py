@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlmfilm_plugin import conditioning
-from vlmfilm_plugin.film_module import FilmModule
+from vlmfilm_plugin.forward import context as conditioning
+from vlmfilm_plugin.film.module import FilmModule
 
 Film = Callable[[Tensor, int], Tensor]
 

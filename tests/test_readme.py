@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from processes import environment, python, run_code, succeed
 
-from vlmfilm_plugin.settings import Settings
+from vlmfilm_plugin.settings.record import Settings
 
 README = Path(__file__).parents[1] / "README.md"
 HOST = """

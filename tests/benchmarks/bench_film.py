@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "vlmfilm_plugin" / "demo" / "
 from src.archs.components.diffusion_unet import MedSegDiffUNet
 
 import vlmfilm_plugin
-from vlmfilm_plugin.film import modulate
+from vlmfilm_plugin.film.layers import modulate
 
 
 def cpu_time(function: Callable[[], object]) -> float:

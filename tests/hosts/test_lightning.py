@@ -10,7 +10,7 @@ from processes import SCENARIO, python, succeed, verdicts_of
 from stand_in import SETTINGS, StandIn
 
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
-from vlmfilm_plugin.feature_store import FeatureStore
+from vlmfilm_plugin.features.store.store import FeatureStore
 
 # Each scenario is a fork of one process that has imported Lightning, but no host; its mode is set and it is activated by itself.
 SCRIPT = """
@@ -54,7 +54,7 @@ def trainer(epochs, *callbacks, **options):
 
 def features_of(batch):
     from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
-    from vlmfilm_plugin.images import read_image
+    from vlmfilm_plugin.features.images import read_image
     return DescriptorEncoder().encode([read_image(path) for path in batch["image_meta_dict"]["filename_or_obj"]]).half().float()
 
 class Watch:

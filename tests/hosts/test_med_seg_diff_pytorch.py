@@ -63,7 +63,7 @@ print(json.dumps({"film": len(before), "moved": len(moved), "shape": list(sample
 def test_each_image_is_looked_up_once_a_sample_call_however_many_steps_follow(tmp_path: Path) -> None:
     output = run(
         """
-from vlmfilm_plugin.features import FeatureSource
+from vlmfilm_plugin.features.provider import FeatureSource
 calls = []
 get = FeatureSource.get
 FeatureSource.get = lambda self, samples: (calls.append(len(samples)), get(self, samples))[1]
@@ -139,11 +139,11 @@ def test_a_baseline_state_dict_loads_at_identity_with_one_warning(tmp_path: Path
 def test_a_loss_in_eval_mode_validates_and_conditions_images_on_themselves(tmp_path: Path) -> None:
     output = run(
         """
-from vlmfilm_plugin import _bootstrap
+from vlmfilm_plugin.hosts import activation
 train(2)
 diffusion.eval()
 seen = []
-runtime = _bootstrap.current().runtime
+runtime = activation.current().runtime
 batch = type(runtime).batch
 type(runtime).batch = lambda self, b, *, phase, **k: (seen.append(phase), batch(self, b, phase=phase, **k))[1]
 with torch.no_grad():

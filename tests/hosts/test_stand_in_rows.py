@@ -16,9 +16,9 @@ from PIL import Image
 import torch
 from src.archs.flow_model import FlowModel
 from src.archs.diffusion_model import DiffusionModel
-from vlmfilm_plugin import forward_hooks
+from vlmfilm_plugin.forward import module_hooks as forward_hooks
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
-from vlmfilm_plugin.images import read_image
+from vlmfilm_plugin.features.images import read_image
 
 used = []
 modulate = forward_hooks.modulate
@@ -101,7 +101,7 @@ def test_evaluation_projects_once_and_looks_up_once_for_each_image(stand_in: Sta
     output = run(
         stand_in,
         """
-from vlmfilm_plugin.features import FeatureSource
+from vlmfilm_plugin.features.provider import FeatureSource
 model = flow(timesteps=4).eval()
 film = model.unet.base_unet.vlm_film
 calls = {"project": 0, "get": 0, "head": 0}
@@ -233,8 +233,8 @@ try:
     step()
 except Exception as error:
     print(type(error).__name__, error)
-from vlmfilm_plugin import _bootstrap
-source = _bootstrap.current().runtime.source_for(film)
+from vlmfilm_plugin.hosts import activation
+source = activation.current().runtime.source_for(film)
 source.get(source.samples_of(batch_of(files[1:2]), torch.zeros(1, 1, 32, 32), (-1, 1)))
 assert torch.allclose(step(), expected(film, files[1:2], 0)[0], atol=1e-5)
 """

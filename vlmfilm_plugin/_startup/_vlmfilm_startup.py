@@ -11,7 +11,7 @@ def torch_backend():
     if "VLM_FILM_MODE" not in os.environ:
         return
     try:
-        from vlmfilm_plugin._bootstrap import activate
+        from vlmfilm_plugin.hosts.activation import activate
     except Exception as error:
         _block(error)
         return

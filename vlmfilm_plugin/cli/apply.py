@@ -20,7 +20,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the copy and say where it is."""
-    from vlmfilm_plugin.adapter_file import apply_adapter
+    from vlmfilm_plugin.checkpoints.film_weights import apply_adapter
 
     source = arguments.checkpoint
     out = arguments.output or source.with_name(f"{source.stem}-film{source.suffix}")

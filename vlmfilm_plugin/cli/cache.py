@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmfilm_plugin.errors import StoreError
-from vlmfilm_plugin.settings import environment_layers, resolve
+from vlmfilm_plugin.settings.record import environment_layers, resolve
 
 
 def add_parser(subparsers: Any) -> None:
@@ -62,7 +62,7 @@ def _say(arguments: argparse.Namespace, facts: dict[str, Any], *lines: str) -> N
 
 
 def _stats(arguments: argparse.Namespace) -> int:
-    from vlmfilm_plugin.store_admin import opened, stats
+    from vlmfilm_plugin.features.store.admin import opened, stats
 
     with opened(_cache_dir(arguments)) as file:
         spaces = stats(file)
@@ -78,7 +78,7 @@ def _stats(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from vlmfilm_plugin.store_admin import opened, verify
+    from vlmfilm_plugin.features.store.admin import opened, verify
 
     with opened(_cache_dir(arguments)) as file:
         found = verify(file)
@@ -90,7 +90,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from vlmfilm_plugin.store_admin import Merged, merge, opened
+    from vlmfilm_plugin.features.store.admin import Merged, merge, opened
 
     total = Merged()
     with opened(arguments.target, is_new_fine=True) as target:
@@ -108,7 +108,7 @@ def _counts(done: Any) -> str:
 
 
 def _prune(arguments: argparse.Namespace) -> int:
-    from vlmfilm_plugin.store_admin import opened, prune
+    from vlmfilm_plugin.features.store.admin import opened, prune
 
     with opened(_cache_dir(arguments)) as file:
         going = prune(file, drop=arguments.namespace, keep=arguments.keep, dry_run=arguments.dry_run)
@@ -120,8 +120,8 @@ def _prune(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from vlmfilm_plugin.store_admin import opened, select, stats
-    from vlmfilm_plugin.store_exchange import export
+    from vlmfilm_plugin.features.store.admin import opened, select, stats
+    from vlmfilm_plugin.features.store.safetensors_file import export
 
     with opened(_cache_dir(arguments)) as file:
         space = select(stats(file), arguments.namespace or "")
@@ -132,8 +132,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from vlmfilm_plugin.store_admin import opened
-    from vlmfilm_plugin.store_exchange import import_file
+    from vlmfilm_plugin.features.store.admin import opened
+    from vlmfilm_plugin.features.store.safetensors_file import import_file
 
     with opened(_cache_dir(arguments), is_new_fine=True) as file:
         fingerprint, done = import_file(file, arguments.file)
@@ -142,7 +142,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from vlmfilm_plugin.store_admin import opened, show, similar_keys
+    from vlmfilm_plugin.features.store.admin import opened, show, similar_keys
 
     with opened(_cache_dir(arguments)) as file:
         found = show(file, arguments.key, arguments.namespace)

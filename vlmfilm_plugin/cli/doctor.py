@@ -11,8 +11,8 @@ from typing import Any
 
 from vlmfilm_plugin import __version__
 from vlmfilm_plugin.errors import VlmFilmError
-from vlmfilm_plugin.hookspecs import ENTRY_POINTS
-from vlmfilm_plugin.settings import MODE_VARIABLE, environment_layers, read_mode, resolve
+from vlmfilm_plugin.host_spec import ENTRY_POINTS
+from vlmfilm_plugin.settings.record import MODE_VARIABLE, environment_layers, read_mode, resolve
 
 _PACKAGES = ("torch", "transformers", "accelerate", "wrapt", "pluggy")
 

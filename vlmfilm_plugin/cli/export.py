@@ -20,7 +20,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the file and say what is in it."""
-    from vlmfilm_plugin.adapter_file import export_adapter
+    from vlmfilm_plugin.checkpoints.film_weights import export_adapter
 
     names = export_adapter(arguments.checkpoint, arguments.adapter, arguments.layout)
     print(f"wrote {len(names)} tensors, {arguments.adapter.stat().st_size / 1e6:.2f} MB: {arguments.adapter}")

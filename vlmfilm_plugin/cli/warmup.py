@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise SettingsError("there must be one thing to encode", {"expected": "--config YAML, or a folder, or a list"}, "give one of them")
     if arguments.batch_size < 1 or (arguments.readers is not None and arguments.readers < 1):
         raise SettingsError("cannot warm up with these numbers", {"expected": "--batch-size and --readers of 1 or more"}, "correct them")
-    from vlmfilm_plugin.warmup import warm_up
+    from vlmfilm_plugin.warmup.encode import warm_up
 
     report = warm_up(
         arguments.config or arguments.source,

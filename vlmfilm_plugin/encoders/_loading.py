@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmfilm_plugin.encoders._digest import folder_digest
+from vlmfilm_plugin.encoders._folder_digest import folder_digest
 from vlmfilm_plugin.encoders._weights import WeightFiles, incomplete
 from vlmfilm_plugin.errors import EncoderError
 
 if TYPE_CHECKING:
     import torch
 
-    from vlmfilm_plugin.settings import Settings
+    from vlmfilm_plugin.settings.record import Settings
 
 NO_ACCELERATE_VARIABLE = "VLM_FORCE_NO_ACCELERATE"
 _SPREADING = frozenset({"auto", "balanced", "balanced_low_0", "sequential"})

@@ -10,7 +10,7 @@ from vlmfilm_plugin.encoders._loading import explained, name_of, source, version
 from vlmfilm_plugin.errors import EncoderError
 
 if TYPE_CHECKING:
-    from vlmfilm_plugin.settings import Settings
+    from vlmfilm_plugin.settings.record import Settings
 
 _PIXEL_VALUES = (
     *("do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb"),

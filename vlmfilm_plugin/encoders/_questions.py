@@ -18,7 +18,7 @@ import yaml
 from vlmfilm_plugin.errors import SettingsError
 
 if TYPE_CHECKING:
-    from vlmfilm_plugin.settings import Settings
+    from vlmfilm_plugin.settings.record import Settings
 
 LETTERS = "ABCDEFGH"
 _DEFAULT_INSTRUCTION = "Answer with the letter of one option only."
@@ -53,7 +53,7 @@ class Questionnaire:
 
 def shipped() -> dict[str, Any]:
     """Return name -> file of the questionnaires that come with the package."""
-    folder = files("vlmfilm_plugin.encoders").joinpath("questionnaires")
+    folder = files("vlmfilm_plugin.encoders.base").joinpath("questionnaires")
     return {Path(file.name).stem: file for file in folder.iterdir() if file.name.endswith(".yaml")}
 
 

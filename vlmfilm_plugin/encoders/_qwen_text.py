@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmfilm_plugin.encoders import _loading as loading
-from vlmfilm_plugin.encoders._lazy import LazyEncoder, Pack, features_of, in_groups
-from vlmfilm_plugin.encoders._outputs import token_counts
+from vlmfilm_plugin.encoders._frozen import LazyEncoder, Pack, features_of, in_groups
+from vlmfilm_plugin.encoders._pooling import token_counts
 from vlmfilm_plugin.errors import EncoderError
 
 if TYPE_CHECKING:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmfilm_plugin.encoders import _loading as loading
-from vlmfilm_plugin.encoders._lazy import OnePassEncoder, Pack, Prepared, in_groups
-from vlmfilm_plugin.encoders._outputs import pooled, token_means
+from vlmfilm_plugin.encoders._frozen import OnePassEncoder, Pack, Prepared, in_groups
+from vlmfilm_plugin.encoders._pooling import pooled, token_means
 from vlmfilm_plugin.errors import EncoderError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlmfilm_plugin.settings import Settings
+    from vlmfilm_plugin.settings.record import Settings
 
 # Towers that transformers' table of models does not have, or has without the projection that makes CLIP's image embedding.
 _TOWERS = {

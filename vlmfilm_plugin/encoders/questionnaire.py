@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmfilm_plugin.encoders import _loading as loading
-from vlmfilm_plugin.encoders._lazy import OnePassEncoder, Pack, Prepared
-from vlmfilm_plugin.encoders._outputs import image_tokens, token_counts
+from vlmfilm_plugin.encoders._frozen import OnePassEncoder, Pack, Prepared
+from vlmfilm_plugin.encoders._pooling import image_tokens, token_counts
 from vlmfilm_plugin.encoders._questions import Questionnaire, read_questionnaire
 from vlmfilm_plugin.encoders._qwen_text import QwenModel, language_model_of
 from vlmfilm_plugin.encoders.qwen2_5_vl import read_config
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from vlmfilm_plugin.settings import Settings
+    from vlmfilm_plugin.settings.record import Settings
 
 
 def from_settings(settings: Settings) -> QuestionnaireEncoder:

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmfilm_plugin.encoders import _loading as loading
-from vlmfilm_plugin.encoders._lazy import OnePassEncoder, Pack
-from vlmfilm_plugin.encoders._outputs import token_means
+from vlmfilm_plugin.encoders._frozen import OnePassEncoder, Pack
+from vlmfilm_plugin.encoders._pooling import token_means
 from vlmfilm_plugin.encoders._qwen_text import QwenTextEncoder
 from vlmfilm_plugin.errors import SettingsError
-from vlmfilm_plugin.settings import resolve
+from vlmfilm_plugin.settings.record import resolve
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
     from vlmfilm_plugin.encoders.base import Encoder
-    from vlmfilm_plugin.settings import Settings
+    from vlmfilm_plugin.settings.record import Settings
 
 __all__ = ["QwenImageEncoder", "QwenTextEncoder", "QwenVLMTextGenerator", "from_settings"]
 

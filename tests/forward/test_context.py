@@ -1,0 +1,431 @@
+"""How a condition reaches a block, above all when autograd runs the block again inside backward()."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from small_unet import SmallUNet, inputs, randomise
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlmfilm_plugin.forward import context as conditioning
+from vlmfilm_plugin.forward.attach import FilmHandle, attach
+from vlmfilm_plugin.errors import ConditionError
+
+FEATURES = 5
+BOTH = pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("VLM_FILM_MODE", raising=False)
+    torch.manual_seed(0)
+    yield
+    left = len(conditioning._stacks.frames), len(conditioning._stacks.conditions)
+    conditioning._stacks.frames, conditioning._stacks.conditions = [], []
+    assert left == (0, 0)
+
+
+def film_unet(use_reentrant: bool | None, *, is_bound: bool = True, seed: int = 0, **settings: object) -> FilmHandle:
+    torch.manual_seed(seed)
+    unet = SmallUNet(use_reentrant=use_reentrant, is_bound=is_bound).double()
+    handle = attach(unet, feature_dim=FEATURES, **{"cond_dim": 4, "text_mlp_hidden_dim": 6, **settings})
+    randomise(handle.film, seed)
+    return handle
+
+
+def features(rows: int, seed: int) -> Tensor:
+    return torch.randn(rows, FEATURES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def call(handle: FilmHandle, seed: int, rows: int = 3) -> Tensor:
+    with handle.condition(features=features(rows, seed)):
+        return handle.unet(*inputs(rows, seed=seed, dtype=torch.float64))
+
+
+def hand_written(handle: FilmHandle) -> tuple[Callable[[int], Tensor], dict[str, Tensor]]:
+    """Return a forward with FiLM written into the model, and its own copies of all parameters by name."""
+    plain = SmallUNet().double()
+    plain.load_state_dict({name: value for name, value in handle.unet.state_dict().items() if not name.startswith("vlm_film.")})
+    w = {name: value.detach().clone().requires_grad_() for name, value in handle.film.named_parameters()}
+
+    def forward(seed: int) -> Tensor:
+        feature = features(3, seed)
+        cond = F.layer_norm(F.linear(feature, w["image_to_cond.proj.weight"], w["image_to_cond.proj.bias"]), (4,))
+        cond = cond * w["image_to_cond.ln.weight"] + w["image_to_cond.ln.bias"]
+
+        def film(h: Tensor, stage: int) -> Tensor:
+            p = f"heads.{stage}."
+            hidden = F.layer_norm(cond, (4,)) * w[p + "ln.weight"] + w[p + "ln.bias"]
+            hidden = F.linear(hidden, w[p + "mlp.0.weight"], w[p + "mlp.0.bias"]).relu()
+            g, b = F.linear(hidden, w[p + "mlp.2.weight"], w[p + "mlp.2.bias"])[:, :, None, None].chunk(2, dim=1)
+            return (1 + 0.1 * torch.tanh(g)) * h + 0.1 * torch.tanh(b)
+
+        return plain(*inputs(3, seed=seed, dtype=torch.float64), film=film)
+
+    return forward, {**dict(plain.named_parameters()), **{f"vlm_film.{name}": value for name, value in w.items()}}
+
+
+def two_forwards_one_backward(forward: Callable[[int], Tensor]) -> None:
+    first, second = forward(1), forward(2)
+    (first.square().sum() + 3 * second.tanh().sum()).backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
+def test_two_forwards_then_one_backward_equal_film_written_into_the_model(use_reentrant: bool | None) -> None:
+    handle = film_unet(use_reentrant)
+    forward, expected = hand_written(handle)
+    torch.testing.assert_close(call(handle, 1), forward(1), rtol=1e-12, atol=1e-13)
+    two_forwards_one_backward(lambda seed: call(handle, seed))
+    two_forwards_one_backward(forward)
+    found = dict(handle.unet.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, parameter in found.items():
+        assert float(expected[name].grad.abs().max()) > 1e-9, name
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@BOTH
+def test_backward_in_another_order_inside_another_condition_and_thread_gives_the_same_gradients(use_reentrant: bool) -> None:
+    plain, recomputed = film_unet(None), film_unet(use_reentrant)
+    two_forwards_one_backward(lambda seed: call(plain, seed))
+    losses = [call(recomputed, 1).square().sum(), 3 * call(recomputed, 2).tanh().sum()]
+    failures: list[BaseException] = []
+
+    def backward(loss: Tensor) -> None:
+        try:
+            with recomputed.condition(features=features(3, 99)):
+                loss.backward()
+        except BaseException as error:
+            failures.append(error)
+
+    for loss in reversed(losses):
+        thread = threading.Thread(target=backward, args=(loss,))
+        thread.start()
+        thread.join()
+    assert not failures
+    for (name, a), (_, b) in zip(plain.unet.named_parameters(), recomputed.unet.named_parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@BOTH
+def test_a_forward_between_forward_and_backward_does_not_change_gradients(use_reentrant: bool) -> None:
+    handle, reference = film_unet(use_reentrant), film_unet(None)
+    call(reference, 1).square().sum().backward()
+    loss = call(handle, 1).square().sum()
+    handle.unet.eval()
+    with torch.no_grad():
+        call(handle, 5, rows=2)
+    with torch.inference_mode():
+        call(handle, 6, rows=1)
+    handle.unet.train()
+    loss.backward()
+    for (name, a), (_, b) in zip(reference.unet.named_parameters(), handle.unet.named_parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@BOTH
+def test_recompute_without_bind_raises_rather_than_use_the_latest_condition(use_reentrant: bool) -> None:
+    handle = film_unet(use_reentrant, is_bound=False)
+    first = call(handle, 1)
+    call(handle, 2)
+    with handle.condition(features=features(3, 3)), pytest.raises(ConditionError, match=r"ups\.\d\.1"):
+        first.sum().backward()
+
+
+@BOTH
+def test_retained_graph_can_be_run_backward_twice(use_reentrant: bool) -> None:
+    handle = film_unet(use_reentrant)
+    loss = call(handle, 1).square().sum()
+    loss.backward(retain_graph=True)
+    once = {name: parameter.grad.clone() for name, parameter in handle.unet.named_parameters()}
+    loss.backward()
+    for name, parameter in handle.unet.named_parameters():
+        torch.testing.assert_close(parameter.grad, 2 * once[name], msg=name)
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_two_unets_alive_keep_their_own_conditions(use_reentrant: bool | None) -> None:
+    one, two = film_unet(use_reentrant, seed=1), film_unet(use_reentrant, seed=2)
+    alone = [call(one, 1).detach(), call(two, 2).detach()]
+    with one.condition(features=features(3, 1)), two.condition(features=features(3, 2)):
+        a = one.unet(*inputs(3, seed=1, dtype=torch.float64))
+        b = two.unet(*inputs(3, seed=2, dtype=torch.float64))
+    assert torch.equal(a, alone[0])
+    assert torch.equal(b, alone[1])
+    (a.sum() * b.sum()).backward()
+    assert all(parameter.grad is not None for handle in (one, two) for parameter in handle.film.parameters())
+
+
+def test_a_unet_called_inside_anothers_forward_keeps_its_own_frame() -> None:
+    outer, inner = film_unet(None, seed=1), film_unet(None, seed=2)
+    expected = [call(outer, 1), call(inner, 2)]
+    nested: list[Tensor] = []
+    outer.unet.ups[0][1].register_forward_pre_hook(lambda *_: nested.append(call(inner, 2)))
+    assert torch.equal(call(outer, 1), expected[0])
+    assert torch.equal(nested[0], expected[1])
+
+
+def nest(handle: FilmHandle, inner: Callable[[], None]) -> None:
+    """Make the UNet run `inner` in the middle of its next forward."""
+
+    def once(*_: object) -> None:
+        hook.remove()
+        inner()
+
+    hook = handle.unet.ups[1][0].register_forward_pre_hook(once)
+
+
+def test_a_unet_called_inside_its_own_forward_keeps_both_frames() -> None:
+    handle, nested = film_unet(None), []
+    expected = [call(handle, 1), call(handle, 2)]
+
+    def inner() -> None:
+        condition = conditioning._stacks.conditions.pop()
+        nested.append(call(handle, 2))
+        conditioning._stacks.conditions.append(condition)
+
+    nest(handle, inner)
+    assert torch.equal(call(handle, 1), expected[0])
+    assert torch.equal(nested[0], expected[1])
+
+
+def test_a_refused_inner_call_of_the_same_unet_does_not_close_the_outer_frame() -> None:
+    handle, seen = film_unet(None), []
+    expected = call(handle, 1)
+
+    def inner() -> None:
+        with pytest.raises(ConditionError):
+            handle.unet(*inputs(2, dtype=torch.float64))
+        seen.append(len(conditioning._stacks.frames))
+
+    nest(handle, inner)
+    assert torch.equal(call(handle, 1), expected)
+    assert seen == [1]
+
+
+def test_an_exception_inside_forward_leaves_no_frame_open() -> None:
+    handle = film_unet(None)
+    expected = call(handle, 1)
+
+    def fail(*_: object) -> None:
+        raise KeyError("in the middle")
+
+    hook = handle.unet.ups[1][0].register_forward_hook(fail)
+    with pytest.raises(KeyError):
+        call(handle, 1)
+    assert not conditioning._stacks.frames
+    with pytest.raises(ConditionError):
+        handle.unet.ups[0][1](torch.zeros(1, 6, 4, 4, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+    hook.remove()
+    assert torch.equal(call(handle, 1), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_an_exception_inside_a_recomputed_block_restores_the_stack(use_reentrant: bool) -> None:
+    handle = film_unet(use_reentrant)
+    loss = call(handle, 1).sum()
+
+    def fail(*_: object) -> None:
+        raise KeyError("in backward")
+
+    hook = handle.unet.ups[0][1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyError):
+        loss.backward()
+    assert not conditioning._stacks.frames
+    hook.remove()
+    call(handle, 1).sum().backward()
+
+
+def test_an_error_in_the_condition_itself_leaves_nothing_open() -> None:
+    handle = film_unet(None)
+    with pytest.raises(ConditionError), handle.condition(features=features(2, 0)):
+        handle.unet(*inputs(3, dtype=torch.float64))
+    assert not conditioning._stacks.frames
+
+
+def test_a_block_called_outside_a_forward_raises_also_inside_a_condition() -> None:
+    handle = film_unet(None)
+    block, arguments = handle.unet.ups[0][1], (torch.zeros(1, 6, 4, 4, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+    with pytest.raises(ConditionError, match=r"ups\.0\.1"):
+        block(*arguments)
+    with handle.condition(features=features(1, 0)), pytest.raises(ConditionError):
+        block(*arguments)
+    call(handle, 1)
+    with pytest.raises(ConditionError):
+        block(*arguments)
+
+
+def test_forward_called_past_the_hooks_raises() -> None:
+    handle = film_unet(None)
+    with handle.condition(features=features(3, 0)), pytest.raises(ConditionError):
+        handle.unet.forward(*inputs(3, dtype=torch.float64))
+
+
+def test_a_condition_of_another_unet_does_not_serve() -> None:
+    one, two = film_unet(None, seed=1), film_unet(None, seed=2)
+    with one.condition(features=features(3, 0)), pytest.raises(ConditionError, match="no condition in force"):
+        two.unet(*inputs(3, dtype=torch.float64))
+
+
+def test_nested_conditions_the_inner_wins_and_the_outer_comes_back() -> None:
+    handle = film_unet(None)
+    outer, inner = call(handle, 1), None
+    with handle.condition(features=features(3, 1)):
+        with handle.condition(features=features(3, 2)):
+            inner = handle.unet(*inputs(3, seed=2, dtype=torch.float64))
+        again = handle.unet(*inputs(3, seed=1, dtype=torch.float64))
+    assert torch.equal(again, outer)
+    assert torch.equal(inner, call(handle, 2))
+
+
+def test_equal_conditions_nested_leave_the_stack_in_order() -> None:
+    handle = film_unet(None)
+    same = features(1, 1)
+    with handle.condition(features=same):
+        outer = conditioning.condition_for(handle.film)
+        with handle.condition(features=same[:, :]):
+            pass
+        assert conditioning.condition_for(handle.film) is outer
+
+
+def test_a_condition_is_taken_out_when_the_block_raises() -> None:
+    handle = film_unet(None)
+    with pytest.raises(KeyError), handle.condition(features=features(1, 1)):
+        raise KeyError
+    assert not conditioning._stacks.conditions
+
+
+def test_threads_have_conditions_of_their_own() -> None:
+    handle = film_unet(None)
+    expected = {seed: call(handle, seed).detach() for seed in range(4)}
+    barrier = threading.Barrier(4)
+    results: dict[int, bool] = {}
+    errors: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            with handle.condition(features=features(3, seed)):
+                barrier.wait(20)
+                for _ in range(5):
+                    with torch.no_grad():
+                        results[seed] = torch.equal(handle.unet(*inputs(3, seed=seed, dtype=torch.float64)), expected[seed])
+                    barrier.wait(20)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert results == dict.fromkeys(range(4), True)
+
+
+def test_a_condition_does_not_reach_another_thread() -> None:
+    handle = film_unet(None)
+    caught: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            handle.unet(*inputs(3, dtype=torch.float64))
+        except BaseException as error:
+            caught.append(error)
+
+    with handle.condition(features=features(3, 0)):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert [type(error) for error in caught] == [ConditionError]
+
+
+def test_bind_without_an_open_frame_is_the_function_itself() -> None:
+    def function() -> None: ...
+
+    assert conditioning.bind(function) is function
+
+
+def test_a_bound_function_restores_the_frames_around_it_and_keeps_its_name() -> None:
+    handle = film_unet(None)
+    bound: list[Callable[[], list[conditioning.Frame]]] = []
+
+    def frames() -> list[conditioning.Frame]:
+        """Frames now."""
+        return list(conditioning._stacks.frames)
+
+    hook = handle.unet.ups[0][0].register_forward_hook(lambda *_: bound.append(conditioning.bind(frames)))
+    call(handle, 1)
+    hook.remove()
+    assert [frame.film for frame in bound[0]()] == [handle.film]
+    assert bound[0].__name__ == "frames"
+    assert bound[0].__doc__ == "Frames now."
+    assert frames() == []
+
+
+def test_the_features_of_a_frame_get_no_gradient() -> None:
+    handle = film_unet(None)
+    given = features(3, 1).requires_grad_()
+    with handle.condition(features=given):
+        handle.unet(*inputs(3, dtype=torch.float64)).sum().backward()
+    assert given.grad is None
+
+
+@BOTH
+def test_a_deepcopy_recomputes_with_its_own_heads(use_reentrant: bool) -> None:
+    handle = film_unet(use_reentrant)
+    twin = copy.deepcopy(handle.unet)
+    randomise(twin.vlm_film, 7)
+    with handle.condition(features=features(3, 1)):
+        a = handle.unet(*inputs(3, seed=1, dtype=torch.float64))
+        b = twin(*inputs(3, seed=1, dtype=torch.float64))
+    assert not torch.equal(a, b)
+    b.sum().backward()
+    assert all(parameter.grad is None for parameter in handle.unet.parameters())
+    assert all(parameter.grad is not None for parameter in twin.parameters())
+
+
+class _OwnCheckpoint(torch.autograd.Function):
+    """A checkpoint of the guided-diffusion kind: inputs and parameters go in, the forward runs again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, count: int, *args: Tensor) -> Tensor:
+        ctx.run, ctx.inputs, ctx.parameters = run, args[:count], args[count:]
+        with torch.no_grad():
+            return run(*ctx.inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        inputs = [x.detach().requires_grad_(True) for x in ctx.inputs]
+        with torch.enable_grad():
+            output = ctx.run(*[x.view_as(x) for x in inputs])
+        found = torch.autograd.grad(output, [*inputs, *ctx.parameters], gradients, allow_unused=True)
+        return (None, None, *found)
+
+
+def test_a_block_that_checkpoints_inside_its_own_forward_is_modulated_outside_of_it() -> None:
+    def wrap(unet: SmallUNet) -> SmallUNet:
+        for stage in unet.ups:
+            inner = stage[1].forward
+            stage[1].forward = lambda x, t, inner=inner, block=stage[1]: _OwnCheckpoint.apply(inner, 2, x, t, *block.parameters())
+        return unet
+
+    results = []
+    for is_wrapped in (False, True):
+        torch.manual_seed(0)
+        unet = SmallUNet().double()
+        handle = attach(wrap(unet) if is_wrapped else unet, feature_dim=FEATURES, cond_dim=4)
+        randomise(handle.film)
+        losses = []
+        for seed in range(2):
+            with handle.condition(features(2, seed)):
+                losses.append(unet(*inputs(2, seed=seed, dtype=torch.float64)).square().sum() * (seed + 1))
+        sum(losses).backward()  # type: ignore[union-attr]
+        results.append({name: parameter.grad for name, parameter in unet.named_parameters()})
+    assert results[0]["vlm_film.image_to_cond.proj.weight"].norm() > 0
+    assert all(torch.allclose(results[0][name], gradient, rtol=1e-10, atol=1e-12) for name, gradient in results[1].items())

@@ -1,0 +1,1 @@
+"""FiLM in checkpoints and weight files. Knows neither features nor hosts."""

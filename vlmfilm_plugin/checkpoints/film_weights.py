@@ -1,0 +1,142 @@
+"""FiLM's weights alone, as a safetensors file of a few MB that people share: out of a checkpoint, and into another.
+
+The file's metadata holds the architecture and the encoder's settings, as a checkpoint's does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmfilm_plugin.film.architecture import read_extra_state
+from vlmfilm_plugin.checkpoints.metadata import METADATA, TRAINED_STAGES, to_port_layout
+from vlmfilm_plugin.errors import CheckpointError
+from vlmfilm_plugin.film.module import MARKER
+
+_KEY = "vlmfilm"
+
+
+def export_adapter(checkpoint: str | Path, out: str | Path, layout: str = "own") -> list[str]:
+    """Write the FiLM weights of a checkpoint to a safetensors file.
+
+    Args:
+        checkpoint: a checkpoint with `state_dict`, or a bare state dict.
+        layout: `own` keeps the names of this package, copies such as an EMA's included; `port` writes those of the soft-seg port.
+
+    Returns:
+        The names written.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds no FiLM.
+    """
+    from safetensors.torch import save_file
+
+    content = _load(checkpoint)
+    state = content.get("state_dict", content)
+    film = {name: value for name, value in state.items() if MARKER in name}
+    if not film:
+        raise CheckpointError(
+            "cannot export FiLM: the checkpoint holds none",
+            {"checkpoint": checkpoint, "expected": f"keys with {MARKER!r} in them"},
+            "give one of a FiLM run",
+        )
+    metadata = content.get(METADATA) or {"architecture": _architecture(film), "settings": {}, "mode": None}
+    tensors = to_port_layout(film) if layout == "port" else film
+    if not Path(out).parent.is_dir():
+        facts = {"found": f"no folder {Path(out).parent}", "expected": "a file in an existing folder"}
+        raise CheckpointError("cannot write the adapter", facts, "make the folder, or give another path")
+    # safetensors refuses views of shared memory, which a checkpoint of a tied copy may hold.
+    save_file(
+        {name: value.contiguous().clone() for name, value in tensors.items()},
+        str(out),
+        {_KEY: json.dumps(metadata), "layout": layout, "order": json.dumps(list(tensors))},
+    )
+    return list(tensors)
+
+
+def apply_adapter(adapter: str | Path, checkpoint: str | Path, out: str | Path) -> list[str]:
+    """Write a copy of a checkpoint with the FiLM weights of an adapter file in place of its own, or where it had none.
+
+    Optimizer state is left out of the copy: it belongs to other weights.
+
+    Returns:
+        The names put in.
+
+    Raises:
+        CheckpointError: a file cannot be read, the adapter is in the port's layout, or the checkpoint's UNet stands elsewhere.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(adapter), "pt") as file:
+            metadata = file.metadata() or {}
+            # The file sorts its names; the module's own order is kept beside them.
+            tensors = {name: file.get_tensor(name) for name in json.loads(metadata.get("order", "[]"))}
+    except Exception as error:  # safetensors raises its own and the file system's
+        raise CheckpointError("cannot read the adapter", {"file": adapter, "error": error}, "give a file of `vlmfilm export`") from error
+    if _KEY not in metadata or metadata.get("layout") != "own":
+        facts = {"file": adapter, "found": f"layout {metadata.get('layout')!r}", "expected": "layout 'own'"}
+        raise CheckpointError("cannot apply this adapter", facts, "export it again without `--layout port`")
+    content = dict(_load(checkpoint))
+    is_bare = "state_dict" not in content
+    state: Mapping[str, Any] = content if is_bare else content["state_dict"]
+    merged = _merge(state, tensors, adapter, checkpoint)
+    if is_bare:
+        torch.save(merged, out)
+        return list(tensors)
+    described = json.loads(metadata[_KEY])
+    content |= {"state_dict": merged, METADATA: described, TRAINED_STAGES: [stage["index"] for stage in described["architecture"]["stages"]]}
+    content.pop("optimizer_states", None)
+    torch.save(content, out)
+    return list(tensors)
+
+
+def _merge(state: Mapping[str, Any], tensors: Mapping[str, Tensor], adapter: object, checkpoint: object) -> dict[str, Any]:
+    """Put FiLM's tensors behind the last key of the UNet they belong to, where the module itself would have them."""
+    rest = {name: value for name, value in state.items() if MARKER not in name}
+    by_unet: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        by_unet.setdefault(name[: name.index(MARKER)], {})[name] = value
+    last = {unet: [name for name in rest if name.startswith(unet)][-1:] for unet in by_unet}
+    homeless = [unet for unet, found in last.items() if not found]
+    if homeless:
+        raise CheckpointError(
+            "cannot apply this adapter: the checkpoint has no such UNet",
+            {"adapter": adapter, "checkpoint": checkpoint, "expected": f"keys that begin with {', '.join(map(repr, homeless))}"},
+            "give a checkpoint of the architecture that the adapter was trained with",
+        )
+    merged: dict[str, Any] = {}
+    for name, value in rest.items():
+        merged[name] = value
+        for unet, (final,) in last.items():
+            if final == name:
+                merged |= by_unet[unet]
+    return merged
+
+
+def _architecture(film: Mapping[str, Any]) -> Mapping[str, Any]:
+    extra = next((value for name, value in film.items() if name.endswith("_extra_state")), None)
+    if extra is None:
+        raise CheckpointError(
+            "cannot export FiLM: its description is missing", {"expected": "a key ending in `_extra_state`"}, "save the model again"
+        )
+    return read_extra_state(extra)
+
+
+def _load(path: str | Path) -> Mapping[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # torch, pickle, zip and the file system each raise their own
+        raise CheckpointError(
+            "cannot read the checkpoint", {"file": path, "error": " ".join(str(error).split())[:300]}, "give a file that torch.save wrote"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            "cannot use the checkpoint", {"file": path, "found": type(content).__name__, "expected": "a mapping"}, "give a checkpoint"
+        )
+    return content

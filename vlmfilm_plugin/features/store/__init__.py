@@ -1,0 +1,1 @@
+"""The feature store: the protocol, SQLite behind it, administration, exchange. No torch."""

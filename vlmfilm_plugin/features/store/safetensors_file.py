@@ -1,0 +1,105 @@
+"""Features out of a store and into one: a safetensors file of one namespace, readable without this package.
+
+Tensors: `features` (N, F), float16 or float32, and `rows`, UTF-8 JSON with one object a feature (key, stamp, note, checksum, date). Metadata:
+`format`, `fingerprint` and `facts`. Nothing in the file is executed when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmfilm_plugin.errors import StoreError
+from vlmfilm_plugin.features.store.store import Row, checksum, decode, is_facts_of, key_to_bytes, key_to_text
+from vlmfilm_plugin.features.store.admin import ROWS, Merged, Namespace, put, rows_of
+from vlmfilm_plugin.features.store.sqlite_file import StoreFile
+
+FORMAT = "vlmfilm-features-1"
+
+
+def export(file: StoreFile, space: Namespace, path: str | os.PathLike[str]) -> int:
+    """Write the sound features of a namespace to a safetensors file, replaced at once; return their number. All are in memory meanwhile.
+
+    Raises:
+        StoreError: there are none, or the file cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    target = Path(path)
+    with file.use("read") as connection:
+        facts, stored = rows_of(connection, space.fingerprint)
+        rows = [(row, feature) for row in stored if (feature := decode(row)) is not None]
+    if not rows:
+        raise StoreError("cannot export: no sound feature in this namespace", {"namespace": space.fingerprint}, "choose another one")
+    dtype = "<f4" if any(row[4] == "float32" for row, _ in rows) else "<f2"
+    features = np.stack([feature for _, feature in rows]).astype(dtype)
+    described = [_describe(row, feature.tobytes()) for (row, _), feature in zip(rows, features, strict=True)]
+    tensors = {"features": features, "rows": np.frombuffer(json.dumps(described).encode(), dtype=np.uint8)}
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, str(partial), metadata={"format": FORMAT, "fingerprint": space.fingerprint, "facts": facts})
+        partial.replace(target)
+    except Exception as error:  # safetensors has errors of its own for a disk that is full or a folder that is missing
+        partial.unlink(missing_ok=True)
+        raise StoreError("cannot export features", {"file": target, "error": " ".join(str(error).split())}, "choose a file you can write") from error
+    return len(rows)
+
+
+def import_file(file: StoreFile, path: str | os.PathLike[str]) -> tuple[str, Merged]:
+    """Take the features of an exported file into a store; of two with one key the newer stays. Return the namespace and what was done.
+
+    Raises:
+        StoreError: the file was not written by `export`, or is damaged.
+        FeatureError: the store's namespace holds another width.
+    """
+    metadata, tensors = _load(Path(path))
+    try:
+        features, described = tensors["features"], json.loads(tensors["rows"].tobytes())
+        dtype = {"float16": "float16", "float32": "float32"}[str(features.dtype)]
+        rows = [_row(entry, feature, dtype) for entry, feature in zip(described, features, strict=True)]
+        fingerprint, facts = metadata["fingerprint"], metadata["facts"]
+        if not is_facts_of(facts, fingerprint):
+            raise ValueError(f"facts that are not those of {fingerprint}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _not_ours(Path(path), f"{type(error).__name__}: {error}") from error
+    done = Merged()
+    for start in range(0, len(rows), ROWS):
+        put(file, fingerprint, facts, rows[start : start + ROWS], done)
+    return fingerprint, done
+
+
+def _load(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="np") as content:
+            metadata = content.metadata() or {}
+            tensors = {name: content.get_tensor(name) for name in content.keys()} if metadata.get("format") == FORMAT else {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _not_ours(path, " ".join(str(error).split())) from error
+    if not tensors:
+        raise _not_ours(path, f"format {metadata.get('format')!r}")
+    return metadata, tensors
+
+
+def _describe(row: Row, data: bytes) -> dict[str, Any]:
+    key, size, mtime_ns, digest = row[:4]
+    stamp = None if digest is None else [size, mtime_ns, digest]
+    return {"key": key_to_text(key), "stamp": stamp, "note": row[9], "created": row[8], "checksum": checksum(key, data, row[9])}
+
+
+def _row(entry: dict[str, Any], feature: np.ndarray[Any, Any], dtype: str) -> Row:
+    stamp = entry["stamp"] or (None, None, None)
+    size, mtime_ns, digest = stamp
+    data = feature.tobytes()
+    created = float(entry["created"])
+    return key_to_bytes(entry["key"]), size, mtime_ns, digest, dtype, feature.size, data, entry["checksum"], created, entry["note"]
+
+
+def _not_ours(path: Path, found: str) -> StoreError:
+    facts = {"file": path, "found": found, "expected": f"a safetensors file that `vlmfilm cache export` wrote ({FORMAT})"}
+    return StoreError("cannot import features from this file", facts, "export it again")

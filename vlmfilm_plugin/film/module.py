@@ -1,0 +1,144 @@
+"""The module that a UNet holds: projection, heads, and the architecture that travels with them in every state dict."""
+
+from __future__ import annotations
+
+import copy
+import json
+import uuid
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmfilm_plugin.film.architecture import Architecture, check_architecture, read_extra_state
+from vlmfilm_plugin.film.layers import AdaptiveFiLMHead, ImageToConditionVector, TextToConditionVector
+from vlmfilm_plugin.log import film_logger
+
+ATTRIBUTE = "vlm_film"
+"""Name under which a UNet holds its FiLM."""
+MARKER = f"{ATTRIBUTE}."
+"""What stands in the state-dict key of every FiLM tensor."""
+
+_warned_of_baseline: set[str] = set()
+
+
+class Slot:
+    """Gamma and beta (R, C, 1, 1) of one block for the forward that runs now: where compiled code finds them.
+
+    A compiled block cannot look a frame up in Python; a tensor attribute of a fixed object is an input of its graph.
+    """
+
+    def __init__(self) -> None:
+        self.gamma: Tensor | None = None
+        self.beta: Tensor | None = None
+        self.has_run = False
+        self.is_gated = False
+
+    def close(self) -> bool:
+        """Empty the slot at the end of a forward; tell whether compiled code has used it."""
+        has_run, self.gamma, self.beta, self.has_run = self.has_run, None, None, False
+        return has_run
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
+        # What a forward has left is no part of a copy; a tensor with a graph could not be copied either.
+        memo[id(self)] = copied = Slot()
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"gamma": None, "beta": None, "has_run": False, "is_gated": False}
+
+
+class FilmModule(nn.Module):
+    """FiLM of one UNet, held by it under the attribute `vlm_film`: a projection and one head a stage.
+
+    State-dict keys: `image_to_cond.*` or `text_to_cond.*`, `heads.{i}.*` and, as `_extra_state`, the architecture as JSON bytes.
+
+    Raises:
+        CheckpointError: on loading, the checkpoint's FiLM has another architecture or another encoder.
+    """
+
+    def __init__(self, architecture: Architecture, mode: str) -> None:
+        super().__init__()
+        self.architecture, self.mode = architecture, mode
+        self.family = uuid.uuid4().hex
+        self.is_removed = False
+        # A pickled model brings its mode along, into a process that may be asked for another one.
+        self.is_unpickled = False
+        a = architecture
+        if a.is_text:
+            self.text_to_cond = TextToConditionVector(a.feature_dim, a.cond_dim, a.hidden_dim)
+        else:
+            self.image_to_cond = ImageToConditionVector(a.feature_dim, a.cond_dim)
+        self.heads = nn.ModuleList(
+            AdaptiveFiLMHead(a.cond_dim, stage.channels, a.hidden_dim, a.gamma_scale, a.beta_scale, a.use_layernorm) for stage in a.stages
+        )
+        # An unused parameter stops DDP in the next step.
+        self.requires_grad_(mode != "off")
+        self.slots = [Slot() for _ in architecture.stages]
+
+    def project(self, features: Tensor) -> Tensor:
+        """Project features (B, F) to condition vectors (B, D)."""
+        projection = self.text_to_cond if self.architecture.is_text else self.image_to_cond
+        cond_vec: Tensor = projection(features)
+        return cond_vec
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        inherited: Any = super().__setstate__
+        inherited(state)
+        self.is_unpickled = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FilmModule:
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def witnesses(self) -> list[Tensor]:
+        """Return small parameters, one of each layer group, that change whenever the weights are changed as a whole."""
+        projection = self.text_to_cond.mlp[2] if self.architecture.is_text else self.image_to_cond.proj
+        biases: list[Any] = [projection.bias, *(head.mlp[2].bias for head in self.heads)]  # type: ignore[union-attr,index]
+        return biases
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move with the UNet, but keep full precision: `unet.half()` would round gamma = 1.0003 to 1."""
+        inherited: Any = super()._apply
+        return inherited(lambda tensor: _keep_precision(tensor, fn(tensor)), recurse)
+
+    def get_extra_state(self) -> Tensor:
+        # Bytes in a tensor: such a state dict loads with weights_only=True and fits safetensors.
+        return torch.frombuffer(bytearray(json.dumps(self.architecture.as_dict(), sort_keys=True).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Accept the architecture of a checkpoint; `_load_from_state_dict` has checked it by then."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if any(key.startswith(prefix) for key in state_dict):
+            if f"{prefix}_extra_state" in state_dict:
+                check_architecture(read_extra_state(state_dict[f"{prefix}_extra_state"]), self.architecture)
+            else:
+                state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
+        else:
+            self._keep_identity(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _keep_identity(self, state_dict: dict[str, Any], prefix: str) -> None:
+        if self.family not in _warned_of_baseline:
+            _warned_of_baseline.add(self.family)
+            film_logger().warning(
+                "[VLM] WARNING: the checkpoint has no FiLM weights (a plain baseline): "
+                "FiLM starts as the identity, which equals the baseline until it is trained"
+            )
+        for name, value in self.state_dict().items():
+            # These heads may have been trained before: the last layer at zero is what makes a head the identity.
+            is_last_layer = name.startswith("heads.") and ".mlp.2." in name
+            state_dict[prefix + name] = torch.zeros_like(value) if is_last_layer else value
+
+
+def film_modules(model: nn.Module) -> list[FilmModule]:
+    """Return the FiLM modules inside a model, copies such as an EMA's included."""
+    return [module for module in model.modules() if isinstance(module, FilmModule)]
+
+
+def _keep_precision(before: Tensor, after: Tensor) -> Tensor:
+    is_rounded = after.is_floating_point() and after.element_size() < before.element_size() and after.dtype in (torch.float16, torch.bfloat16)
+    return before.to(after.device) if is_rounded else after

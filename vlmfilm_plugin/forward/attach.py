@@ -1,0 +1,242 @@
+"""Attach FiLM to a UNet: plan, validate, then change the module; all or nothing. `remove()` undoes it exactly.
+
+Everything a hook reaches is deepcopied and pickled with the UNet, so that copies use their own heads; an encoder is never among it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmfilm_plugin.forward import context as conditioning
+from vlmfilm_plugin.film.architecture import Architecture, Stage
+from vlmfilm_plugin.encoders.base import build_encoder
+from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
+from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
+from vlmfilm_plugin.forward.module_hooks import CloseFrame, ModulateBlock, OpenFrame
+from vlmfilm_plugin.film.freezing import freeze_host
+from vlmfilm_plugin.film.gates import Gate, find_gate
+from vlmfilm_plugin.settings.record import Settings, environment_layers, read_mode, resolve
+from vlmfilm_plugin.film.targets import Target, match_targets, select_stages
+
+if TYPE_CHECKING:
+    from vlmfilm_plugin.features.provider import FeatureSource
+
+DEFAULT_TARGETS: Mapping[str, str] = {"post_block2": "ups.*.1", "post_block1": "ups.*.0"}
+
+
+class FilmHandle:
+    """FiLM attached to a UNet: tells where, gives it a condition, and removes it.
+
+    Attributes:
+        unet: the module.
+        film: its `FilmModule`.
+        settings: the settings it was built with.
+    """
+
+    def __init__(self, unet: nn.Module, film: FilmModule, settings: Settings, undo: list[Callable[[], None]]) -> None:
+        self.unet, self.film, self.settings = unet, film, settings
+        self._undo = undo
+        self._source: FeatureSource | None = None
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Return the stages that carry FiLM, ascending."""
+        return self.film.architecture.stages
+
+    @property
+    def feature_dim(self) -> int:
+        """Return F, the width of a feature."""
+        return self.film.architecture.feature_dim
+
+    @contextmanager
+    def condition(
+        self, features: Tensor | None = None, *, images: Sequence[Any] | None = None, gate: Tensor | Gate | None = None, step: int = 0
+    ) -> Iterator[None]:
+        """Condition the UNet's forwards inside the block, one feature a row, or one for all rows.
+
+        Args:
+            features: (B, F), any float dtype, finite; used detached.
+            gate: where FiLM acts: (R, 1, H, W) in [0, 1], or a function of the forward that returns it; None takes the setting
+                `spatial_gate`.
+            step: seeds the exchange of features in mode `shuffle`.
+            images: B images instead: PIL images, paths, or arrays (H, W[, 3]), uint8, uint16 or float in [0, 1]; encoded and stored once.
+
+        Raises:
+            ConditionError: both or neither were given, or, in the forward, their number does not fit the rows.
+            FeatureError: the features' width is not F, or they hold NaN or infinite values.
+        """
+        from vlmfilm_plugin.forward.given_features import ExplicitCondition
+        from vlmfilm_plugin.features.provider import check_features
+
+        if (features is None) == (images is None):
+            raise ConditionError(
+                "cannot set a condition",
+                {"found": "both or neither of features and images", "expected": "one of them"},
+                "pass `features=` or `images=`",
+            )
+        if images is not None and not len(images):
+            raise ConditionError(
+                "cannot set a condition", {"found": "no images", "expected": "one for each row, or one for all"}, "pass at least one"
+            )
+        if features is None:
+            assert images is not None
+            features = self._feature_source().of_images(images)
+        check_features(features, self.feature_dim)
+        gate = gate if gate is not None else find_gate(self.settings.spatial_gate, self.settings.origin("spatial_gate"))
+        with conditioning.in_force(ExplicitCondition(self.film.family, features.detach(), gate, step)):
+            yield
+
+    def _feature_source(self) -> FeatureSource:
+        from vlmfilm_plugin.features.provider import FeatureSource
+
+        if self._source is None:
+            self._source = FeatureSource.from_settings(self.settings)
+        return self._source
+
+    def remove(self) -> None:
+        """Restore the module exactly as it was; a second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> FilmHandle:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.remove()
+
+
+def attach(unet: nn.Module, *, feature_dim: int | None = None, **settings: object) -> FilmHandle:
+    """Attach FiLM to a UNet by hand: for notebooks, and for hosts without an adapter.
+
+    Args:
+        unet: a module whose decoder blocks match `targets` (default `ups.*.1`, `ups.*.0` with `apply_point="post_block1"`).
+        feature_dim: width F of the features that will be given; None asks the encoder of the settings, without reading its weights.
+        settings: any setting by name; they win over `VLM_FILM_<NAME>` and the file of `VLM_FILM_CONFIG`.
+
+    Returns:
+        A handle; `with handle.condition(features=...)` around forwards, `handle.remove()` to undo.
+
+    Raises:
+        SettingsError: a wrong setting, or `VLM_FILM_MODE` is set to no mode. Unset, the mode is `on`.
+        TargetMatchError: no module matched, or a stage does not exist.
+        HostError: the module carries FiLM already, or a block's channels cannot be told.
+    """
+    resolved = resolve([*environment_layers(os.environ), ("argument", settings)])
+    return install(unet, resolved, read_mode() or "on", feature_dim=feature_dim)
+
+
+def install(
+    unet: nn.Module,
+    settings: Settings,
+    mode: str,
+    *,
+    feature_dim: int | None = None,
+    targets: Mapping[str, str] = DEFAULT_TARGETS,
+    channels: Callable[[nn.Module], int] | None = None,
+    condition: str | None = None,
+) -> FilmHandle:
+    """Attach FiLM with resolved settings; `attach` and the runtime both come here.
+
+    Args:
+        condition: name of the argument of `forward` that holds the condition image.
+    """
+    owner = type(unet).__name__
+    if feature_dim is not None and (not isinstance(feature_dim, int) or isinstance(feature_dim, bool) or feature_dim < 1):
+        raise SettingsError(
+            f"cannot attach FiLM to {owner}: bad feature_dim", {"found": repr(feature_dim), "expected": "a whole number >= 1, or None"}, "correct it"
+        )
+    if hasattr(unet, ATTRIBUTE):
+        raise HostError(f"cannot attach FiLM to {owner}: it has an attribute {ATTRIBUTE!r} already", {}, "call `handle.remove()` first")
+    if not settings.use_vlm_film:
+        facts = {"found": f"use_vlm_film false   (from {settings.origin('use_vlm_film')})", "expected": "true"}
+        raise SettingsError(f"cannot attach FiLM to {owner}: the settings say not to", facts, "take `use_vlm_film` out")
+    stages = _plan(unet, settings, targets, channels, owner)
+    identity = None if feature_dim is not None else build_encoder(settings)
+    architecture = Architecture(
+        stages=tuple(stages),
+        apply_point=settings.apply_point,
+        feature_dim=feature_dim if identity is None else identity.feature_dim,  # type: ignore[arg-type]
+        cond_dim=settings.cond_dim,
+        hidden_dim=settings.text_mlp_hidden_dim,
+        gamma_scale=settings.gamma_scale,
+        beta_scale=settings.beta_scale,
+        use_layernorm=settings.cond_layernorm,
+        is_text=settings.use_text_prompt_cond,
+        fingerprint=None if identity is None else identity.identity.fingerprint,
+        encoder=None if identity is None else dict(identity.identity.facts),
+    )
+    film = _build(architecture, mode, unet)
+    undo = _mutate(unet, film, condition)
+    if settings.freeze_host:
+        try:
+            undo.append(freeze_host(unet, mode, settings))
+        except SettingsError:
+            FilmHandle(unet, film, settings, undo).remove()
+            raise
+    return FilmHandle(unet, film, settings, undo)
+
+
+def _plan(unet: nn.Module, settings: Settings, targets: Mapping[str, str], channels: Callable[[nn.Module], int] | None, owner: str) -> list[Stage]:
+    pattern = settings.targets or targets.get(settings.apply_point)
+    if pattern is None:
+        raise HostError(
+            f"cannot apply FiLM {settings.apply_point} in {owner}",
+            {"found": f"apply_point {settings.apply_point!r}   (from {settings.origin('apply_point')})", "expected": f"one of {sorted(targets)}"},
+            "correct `apply_point`",
+        )
+    modules = dict(unet.named_modules())
+    origin = settings.origin("targets") if settings.targets else "adapter"
+    matched: list[Target] = match_targets(modules, pattern, owner=owner, origin=origin)
+    matched = select_stages(matched, settings.decoder_stages, owner=owner, origin=settings.origin("decoder_stages"))
+    return [Stage(t.index, t.path, (channels or output_channels)(modules[t.path])) for t in matched]
+
+
+def output_channels(block: nn.Module) -> int:
+    """Return C of a block's output: of `block2.proj` in a ResnetBlock of the MedSegDiff kind, else of its last convolution."""
+    proj = getattr(getattr(block, "block2", None), "proj", None)
+    convolutions = [proj] if isinstance(proj, nn.Conv2d) else [m for m in block.modules() if isinstance(m, nn.Conv2d)]
+    if not convolutions:
+        raise HostError(
+            f"cannot tell the channels of a {type(block).__name__}",
+            {"found": "no Conv2d in it", "expected": "a block of convolutions"},
+            "correct `targets`, or let the adapter state `channels`",
+        )
+    return convolutions[-1].out_channels
+
+
+def _build(architecture: Architecture, mode: str, unet: nn.Module) -> FilmModule:
+    """Build the module on the UNet's device, in its training state, without a draw from the host's random stream."""
+    parameter = next((p for p in unet.parameters() if p.is_floating_point()), None)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        film = FilmModule(architecture, mode)
+    if parameter is not None:
+        film.to(device=parameter.device, dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32)
+    return film.train(unet.training)
+
+
+def _mutate(unet: nn.Module, film: FilmModule, condition: str | None) -> list[Callable[[], None]]:
+    undo: list[Callable[[], None]] = []
+    unet.add_module(ATTRIBUTE, film)
+
+    def take_out() -> None:
+        film.is_removed = True
+        # Someone may have taken the module out by hand already.
+        unet._modules.pop(ATTRIBUTE, None)
+
+    undo.append(take_out)
+    modules = dict(unet.named_modules())
+    handles = [
+        unet.register_forward_pre_hook(OpenFrame(list(inspect.signature(type(unet).forward).parameters)[1:], condition), with_kwargs=True),
+        unet.register_forward_hook(CloseFrame(), always_call=True),
+        *(modules[stage.path].register_forward_hook(ModulateBlock(film, head)) for head, stage in enumerate(film.architecture.stages)),
+    ]
+    undo.extend(handle.remove for handle in handles)
+    return undo

@@ -1,0 +1,213 @@
+"""How a condition reaches a block: conditions in force, and the frame of one UNet forward.
+
+Notes
+-----
+1. A *condition* is in force around forwards (a step method, `handle.condition(...)`). A *frame* belongs to one UNet forward: the
+   features of its rows, the step, the mode. Entering the UNet opens it, leaving it closes it, exceptions included.
+2. Autograd may run a block again inside `backward()`, on another thread, when the forward is over and another forward's frame is
+   the latest. So a function handed to `torch.utils.checkpoint.checkpoint` is bound to the frames of that moment (`bind`) and
+   re-enters them whenever and wherever it runs. The stacks are thread-local: they are set by the code that then runs there.
+3. A frame re-entered by a bound function computes its projection anew: with reentrant checkpointing a shared graph would be run
+   backward through twice.
+4. A block that finds no frame raises. It never guesses.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vlmfilm_plugin.errors import ConditionError
+
+if TYPE_CHECKING:
+    from vlmfilm_plugin.film.module import FilmModule
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Recorder(Protocol):
+    """Receives what one block did; present on logged steps only."""
+
+    def record(self, stage: int, before: Tensor, after: Tensor, gamma: Tensor, beta: Tensor, cond_vec: Tensor | None) -> None:
+        """Take the features before and after FiLM (R, C, H, W), gamma and beta (R, C, 1, 1), cond_vec (S, D), None in mode off."""
+
+
+@dataclass
+class Frame:
+    """The condition of one UNet forward.
+
+    Attributes:
+        film: the FiLM module of the UNet that runs.
+        features: (S, F), one row a sample: a leaf without grad; None in mode `off`.
+        index: (R,) the sample of each row, or None where row i is sample i.
+        shared: what was computed for the samples: kept for a whole batch in evaluation, for one forward in training, never where None.
+        own: the same for the rows.
+        recorder: takes statistics, on logged steps only.
+        ran: heads whose blocks have run.
+        gate: (R, 1, H, W) or (1, 1, H, W) in [0, 1]: where FiLM acts; None is everywhere.
+    """
+
+    film: FilmModule
+    features: Tensor | None
+    index: Tensor | None = None
+    shared: dict[Any, Any] | None = field(default_factory=dict)
+    own: dict[Any, Any] | None = field(default_factory=dict)
+    recorder: Recorder | None = None
+    ran: set[int] = field(default_factory=set)
+    gate: Tensor | None = None
+
+    def cond_vec(self) -> Tensor:
+        """Return the condition vectors of the samples (S, D)."""
+        cached: Tensor | None = None if self.shared is None else self.shared.get("cond_vec")
+        if cached is None:
+            if self.features is None:
+                raise ConditionError("this UNet forward has no features", {"mode": self.film.mode}, "report this: only mode off needs none")
+            cached = self.film.project(self.features)
+            if self.shared is not None:
+                self.shared["cond_vec"] = cached
+        return cached
+
+    def gamma_beta(self, head: int) -> tuple[Tensor, Tensor]:
+        """Return gamma and beta of head `head` for the rows, each (R, C, 1, 1)."""
+        pair: tuple[Tensor, Tensor] | None = None if self.own is None else self.own.get(head)
+        if pair is None:
+            pair = self.film.heads[head](self.cond_vec())
+            if self.index is not None:
+                pair = pair[0].index_select(0, self.index), pair[1].index_select(0, self.index)
+            if self.own is not None:
+                self.own[head] = pair
+        return pair
+
+    def gated(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return `x + gate * (y - x)` in x's dtype, the gate resized to x (R, C, h, w); y where there is no gate."""
+        if self.gate is None:
+            return y
+        gate = nn.functional.interpolate(self.gate, size=x.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
+        return torch.lerp(x, y, gate.clamp(0, 1).to(x.dtype).expand_as(x))
+
+    def prepare(self) -> None:
+        """Compute gamma and beta of every head, and put them where compiled blocks find them."""
+        for head, slot in enumerate(self.film.slots):
+            slot.gamma, slot.beta = self.gamma_beta(head)
+            slot.is_gated = self.gate is not None
+
+    def recomputing(self) -> Frame:
+        """Return this frame for a function that autograd may run again: nothing is kept (note 3)."""
+        return replace(self, shared=None, own=None)
+
+
+class Condition(Protocol):
+    """What is in force around UNet forwards."""
+
+    @property
+    def is_for_all(self) -> bool:
+        """Tell whether this condition is a published batch, meant for every UNet, rather than one UNet's own."""
+
+    def serves(self, film: FilmModule) -> bool:
+        """Tell whether this condition is meant for the UNet that holds `film`."""
+
+    def open_frame(self, film: FilmModule, x: Tensor, image: Tensor | None) -> Frame:
+        """Return the frame of a forward with input x (R, ...) and condition image (R, C, h, w) or None."""
+
+
+class _Stacks(threading.local):
+    def __init__(self) -> None:
+        self.conditions: list[Condition] = []
+        self.frames: list[Frame] = []
+
+
+_stacks = _Stacks()
+
+
+@contextmanager
+def in_force(condition: Condition) -> Iterator[None]:
+    """Put a condition in force for the forwards inside the block."""
+    _stacks.conditions.append(condition)
+    try:
+        yield
+    finally:
+        _remove_last(_stacks.conditions, condition)
+
+
+def _remove_last(stack: list[Any], item: object) -> None:
+    # By identity: a condition may hold tensors, which do not compare.
+    for position in range(len(stack) - 1, -1, -1):
+        if stack[position] is item:
+            del stack[position]
+            return
+
+
+def condition_for(film: FilmModule) -> Condition | None:
+    """Return the innermost condition in force for the UNet that holds `film`; one of its own wins over a published batch."""
+    serving = [condition for condition in reversed(_stacks.conditions) if condition.serves(film)]
+    return next((condition for condition in serving if not condition.is_for_all), serving[0] if serving else None)
+
+
+def batch_in_force() -> Condition | None:
+    """Return the innermost published batch on this thread: a condition that serves every UNet."""
+    return next((condition for condition in reversed(_stacks.conditions) if condition.is_for_all), None)
+
+
+def push_frame(frame: Frame) -> None:
+    """Open a frame; `pop_frame` of the same UNet closes it."""
+    _stacks.frames.append(frame)
+
+
+def pop_frame(film: FilmModule) -> Frame | None:
+    """Close the innermost frame of `film` and return it; nothing happens where none is open."""
+    for position in range(len(_stacks.frames) - 1, -1, -1):
+        if _stacks.frames[position].film is film:
+            frame = _stacks.frames[position]
+            del _stacks.frames[position:]
+            return frame
+    return None
+
+
+def frame_of(film: FilmModule, path: str) -> Frame:
+    """Return the innermost open frame of `film`.
+
+    Raises:
+        ConditionError: a block ran outside its UNet's forward, or again inside `backward()` without its frame.
+    """
+    for frame in reversed(_stacks.frames):
+        if frame.film is film:
+            return frame
+    raise ConditionError(
+        f"block {path!r} ran without the condition of a UNet forward",
+        {
+            "likely": "the UNet's forward was called directly instead of the UNet, or activation checkpointing ran the block again in backward()",
+            "expected": "the block runs inside a call of its UNet",
+        },
+        "call `unet(...)`; where a host checkpoints its blocks, its adapter names that in `HostSpec.recompute`",
+    )
+
+
+def bind(function: Callable[P, R]) -> Callable[P, R]:
+    """Return `function` bound to the frames open now: it re-enters them whenever and on whichever thread it runs."""
+    if not _stacks.frames:
+        return function
+    bound = [frame.recomputing() for frame in _stacks.frames]
+
+    @functools.wraps(function)
+    def rerun(*args: P.args, **kwargs: P.kwargs) -> R:
+        if any(frame.film.is_removed for frame in bound):
+            raise ConditionError(
+                "a block is run again in backward(), but FiLM was removed from its UNet in between",
+                {"expected": "backward() before `handle.remove()`"},
+                "call backward() first",
+            )
+        outer, _stacks.frames = _stacks.frames, list(bound)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _stacks.frames = outer
+
+    return rerun

@@ -1,0 +1,57 @@
+"""The condition that a caller gives by hand: `handle.condition(...)`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vlmfilm_plugin.forward.context import Frame
+from vlmfilm_plugin.errors import ConditionError
+from vlmfilm_plugin.film.gates import Gate, GateView, check_gate
+from vlmfilm_plugin.features.shuffle import exchange, groups_of
+
+if TYPE_CHECKING:
+    from vlmfilm_plugin.film.module import FilmModule
+
+
+@dataclass(eq=False)
+class ExplicitCondition:
+    """The condition that a caller gives by hand: features (B, F), for every UNet of one family (a UNet and its copies)."""
+
+    family: str
+    features: Tensor
+    gate: Tensor | Gate | None = None
+    step: int = 0
+    is_for_all: bool = False
+
+    def _shuffled(self) -> Tensor:
+        rows = exchange(groups_of(self.features), self.step)
+        if rows is None:
+            raise ConditionError(
+                "cannot shuffle the given features: they are of one image",
+                {"features": tuple(self.features.shape), "expected": "features of two images or more"},
+                "give the features of several images, or use mode on",
+            )
+        return self.features[rows]
+
+    def serves(self, film: FilmModule) -> bool:
+        return film.family == self.family
+
+    def open_frame(self, film: FilmModule, x: Tensor, image: Tensor | None) -> Frame:
+        if film.mode == "off":
+            return Frame(film, None)
+        rows, given = x.shape[0], self.features.shape[0]
+        if given not in (1, rows):
+            raise ConditionError(
+                "cannot map the rows of this UNet forward to the given features",
+                {"features": given, "rows": rows, "expected": "one feature for each row, or one for all"},
+                "repeat the features as the rows are repeated, e.g. features.repeat_interleave(num_patches, dim=0)",
+            )
+        features = self._shuffled() if film.mode == "shuffle" else self.features
+        features = features.to(x.device)
+        gate = self.gate(GateView(x, image)) if callable(self.gate) else self.gate
+        index = None if given == rows else torch.zeros(rows, dtype=torch.long, device=x.device)
+        return Frame(film, features, index, gate=None if gate is None else check_gate(gate, x))

@@ -1,0 +1,147 @@
+"""The hooks on a UNet and its decoder blocks: open the frame, modulate, close the frame.
+
+Instances, not closures: a deepcopied or unpickled UNet's hooks point at its own heads. Nothing here reaches an encoder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from vlmfilm_plugin.forward import context as conditioning
+from vlmfilm_plugin.film.architecture import Stage
+from vlmfilm_plugin.forward.context import Frame
+from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
+from vlmfilm_plugin.film.layers import identity_for, modulate
+from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
+from vlmfilm_plugin.settings.record import MODE_VARIABLE
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _uncompiled(function: F) -> F:
+    """Keep a function out of compiled code; torch's own decorator has no types."""
+    disable: Any = torch.compiler.disable
+    return cast(F, disable(function))
+
+
+class OpenFrame:
+    """Forward pre-hook of the UNet.
+
+    Args:
+        arguments: names of the forward's arguments after self; the first is the UNet's input.
+        condition: name of the one that holds the condition image, or None.
+    """
+
+    def __init__(self, arguments: Sequence[str], condition: str | None) -> None:
+        self.arguments, self.condition = tuple(arguments), condition
+
+    @_uncompiled
+    def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        film = getattr(unet, ATTRIBUTE)
+        try:
+            frame = self._frame(unet, film, {**dict(zip(self.arguments, args, strict=False)), **kwargs})
+            if film.mode != "off":
+                frame.prepare()
+        except Exception:
+            # The closing hook runs all the same: it must close this forward's frame, not that of an outer one.
+            conditioning.push_frame(Frame(film, None))
+            raise
+        conditioning.push_frame(frame)
+
+    def _frame(self, unet: nn.Module, film: FilmModule, arguments: Mapping[str, Any]) -> Frame:
+        mode = os.environ.get(MODE_VARIABLE, film.mode) if film.is_unpickled else film.mode
+        if mode != film.mode:
+            raise SettingsError(
+                f"this {type(unet).__name__} carries FiLM in mode {film.mode}, but {MODE_VARIABLE} says otherwise",
+                {"found": repr(mode), "expected": repr(film.mode)},
+                "build the model in a process with the mode you want, and load its weights, instead of a pickled model",
+            )
+        condition = conditioning.condition_for(film)
+        if condition is None and film.mode == "off":
+            return Frame(film, None)
+        if condition is None:
+            raise ConditionError(
+                f"{type(unet).__name__} was called with no condition in force",
+                {"mode": film.mode, "expected": "a call inside a step method that an adapter publishes, or inside `handle.condition(...)`"},
+                "wrap the call: `with vlmfilm_plugin.running_batch(batch, phase=...):` or `with handle.condition(features=...):`",
+            )
+        name = next((name for name in self.arguments[:1] if name in arguments), next(iter(arguments)))
+        return condition.open_frame(film, arguments[name], arguments.get(self.condition) if self.condition else None)
+
+
+class CloseFrame:
+    """Forward hook of the UNet; runs when its forward raises, too, then with no output."""
+
+    @_uncompiled
+    def __call__(self, unet: nn.Module, args: Any, output: Any) -> None:
+        film = getattr(unet, ATTRIBUTE)
+        frame = conditioning.pop_frame(film)
+        has_run = [slot.close() for slot in film.slots]
+        if frame is None or output is None:
+            return
+        idle = [stage for head, stage in enumerate(film.architecture.stages) if not (has_run[head] or head in frame.ran)]
+        if not idle:
+            return
+        raise HostError(
+            f"{type(unet).__name__} ran, but FiLM did not at {len(idle)} of {len(film.heads)} decoder stages",
+            {
+                "idle": ", ".join(f"{stage.index} ({stage.path})" for stage in idle),
+                "likely": "these blocks were replaced after FiLM was attached, or the forward does not call them",
+                "expected": "every selected block runs in every forward",
+            },
+            "attach after the last change of the UNet, or select other `decoder_stages`",
+        )
+
+
+class ModulateBlock:
+    """Forward hook of a decoder block."""
+
+    def __init__(self, film: FilmModule, head: int) -> None:
+        self.film, self.head, self.slot = film, head, film.slots[head]
+
+    def __call__(self, block: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if torch.compiler.is_compiling() and not self.slot.is_gated:
+            # A frame cannot be looked up from compiled code; the open frame has left gamma and beta in the slot.
+            self.slot.has_run = True
+            return None if self.film.mode == "off" else modulate(output, self.slot.gamma, self.slot.beta)  # type: ignore[arg-type]
+        return self._modulate(output)
+
+    @_uncompiled
+    def _modulate(self, output: Tensor) -> Tensor | None:
+        stage = self.film.architecture.stages[self.head]
+        frame = conditioning.frame_of(self.film, stage.path)
+        frame.ran.add(self.head)
+        if self.film.mode == "off":
+            if frame.recorder is not None:
+                _assert_identity(output, stage, frame)
+            return None
+        gamma, beta = frame.gamma_beta(self.head)
+        if gamma.shape[:2] != output.shape[:2]:
+            raise ConditionError(
+                f"cannot modulate block {stage.path!r}: gamma does not fit its output",
+                {"gamma": tuple(gamma.shape), "output": tuple(output.shape), "expected": "equal rows and channels"},
+                "pass one feature a row of the UNet's input",
+            )
+        result = frame.gated(output, modulate(output, gamma, beta))
+        if frame.recorder is not None:
+            frame.recorder.record(stage.index, output, result, gamma, beta, frame.cond_vec())
+        return result
+
+
+def _assert_identity(x: Tensor, stage: Stage, frame: Frame) -> None:
+    """Check on a logged step that gamma 1 and beta 0 leave x alone to the bit."""
+    gamma, beta = identity_for(x)
+    y = modulate(x, gamma, beta)
+    if not bool(((y == x) | (y.isnan() & x.isnan())).all()):
+        raise HostError(
+            f"mode off changed the output of block {stage.path!r}",
+            {"found": "gamma 1, beta 0 is not the identity here", "dtype": x.dtype},
+            "report this",
+        )
+    if frame.recorder is not None:
+        frame.recorder.record(stage.index, x, y, gamma, beta, None)

@@ -1,0 +1,1 @@
+"""Hosts: activation, recognition and patching. Knows no host by name."""

@@ -1,0 +1,271 @@
+"""Activation: from a started process to patched hosts. Imports neither torch nor a host; both come later, if at all.
+
+Order: mode checked -> adapters found by entry point -> each host module watched -> recognised by structure -> patched.
+A host that is recognised while something is wrong stops the process: SystemExit, since an exception in a post-import hook fails
+the import once and lets a retry run unpatched, and since hosts catch `Exception`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+from vlmfilm_plugin.errors import SettingsError, VlmFilmError
+from vlmfilm_plugin.host_spec import ENTRY_POINTS
+from vlmfilm_plugin.settings.record import MODE_VARIABLE, read_mode, refuse_changed_mode
+
+if TYPE_CHECKING:
+    from vlmfilm_plugin.hosts.registry import AdapterRegistry
+    from vlmfilm_plugin.run.runtime import Runtime
+
+
+class Activation:
+    """The state of an activated process.
+
+    Attributes:
+        error: what is wrong with the mode, or None.
+        seen: host modules that were imported, by name -> what became of them.
+        late: host modules that were imported before activation.
+    """
+
+    def __init__(self) -> None:
+        self.environ = dict(os.environ)
+        self.base_dir = os.getcwd()
+        self.error: VlmFilmError | None = None
+        self.mode: str | None = None
+        self.seen: dict[str, str] = {}
+        self.late: set[str] = set()
+        self._is_watching = False
+        self._registry: AdapterRegistry | None = None
+        self._runtime: Runtime | None = None
+        try:
+            self.mode = read_mode(self.environ)
+        except VlmFilmError as error:
+            self.error = error
+
+    def watch(self) -> None:
+        """Watch every host module that an adapter names; what is imported already is patched now. Done once, unless it was refused."""
+        if self._is_watching:
+            return
+        adapters: dict[str, list[EntryPoint]] = {}
+        for entry in entry_points(group=ENTRY_POINTS):
+            adapters.setdefault(entry.name, []).append(entry)
+        for name in adapters:
+            if name in sys.modules and not _is_initialising(sys.modules[name]):
+                self.late.add(name)
+        for name, entries in adapters.items():
+            when_ready(name, partial(self.host_imported, entries))
+        sys.meta_path.insert(0, _ReloadFinder({name: partial(self.host_imported, entries) for name, entries in adapters.items()}))
+        self._is_watching = True
+
+    @property
+    def runtime(self) -> Runtime:
+        """Return the runtime; it is built when a host shows up, since it needs torch."""
+        if self._runtime is None:
+            from vlmfilm_plugin.run.runtime import Runtime
+
+            self._runtime = Runtime(self.mode or "on", self.environ, self.base_dir)
+        return self._runtime
+
+    @property
+    def registry(self) -> AdapterRegistry:
+        """Return the adapters."""
+        if self._registry is None:
+            from vlmfilm_plugin.hosts.registry import AdapterRegistry
+
+            self._registry = AdapterRegistry()
+        return self._registry
+
+    def host_imported(self, adapters: list[EntryPoint], module: ModuleType) -> None:
+        """Recognise and patch a host module whose import has finished."""
+        from vlmfilm_plugin.hosts.registry import patch_host
+
+        name = module.__name__
+        try:
+            known = len(self.registry.failures)
+            for adapter in adapters:
+                self.registry.load(adapter)
+            for broken, error in self.registry.failures[known:]:
+                _say(f"adapter {broken} cannot be loaded: {type(error).__name__}: {error}")
+            spec = self.registry.recognise(module)
+            if spec is None:
+                self.seen[name] = "its structure is not that of a known host"
+                return
+            if self.error is not None:
+                raise self.error
+            self._refuse_late(module, spec)
+            patch_host(module, spec, self.runtime)
+            self.seen[name] = f"patched as {spec.name}"
+        except Exception as error:
+            self.seen[name] = f"stopped: {type(error).__name__}"
+            if name in self.late:
+                # Called by hand in a running process, a notebook say: its owner sees the error itself.
+                raise
+            sys.stdout.flush()
+            raise SystemExit(f"vlmfilm: {type(error).__name__}: {error}") from error
+
+    def _refuse_late(self, module: ModuleType, spec: Any) -> None:
+        """Refuse a host from which a UNet was built before activation: that UNet would run as a baseline."""
+        import gc
+
+        if module.__name__ not in self.late:
+            return
+        # By type: `isinstance` would ask every proxy in the process for its class.
+        classes = tuple(unet.cls for unet in spec.unets)
+        built = [type(item).__name__ for item in gc.get_objects() if issubclass(type(item), classes)] if classes else []
+        if built:
+            from vlmfilm_plugin.errors import HostError
+
+            raise HostError(
+                f"{module.__name__} was imported, and {built[0]} built, before VLM-FiLM was activated",
+                {"found": f"{len(built)} UNet without FiLM", "expected": f"{MODE_VARIABLE} set before the first `import torch`"},
+                "restart the process with the variable set, or call vlmfilm_plugin.attach(unet) on it",
+            )
+
+    def report_at_exit(self) -> None:
+        """Say loudly that FiLM was not active, where a host module was imported and nothing was attached."""
+        if multiprocessing.parent_process() is not None:
+            # A DataLoader's worker imports the host for its data sets alone.
+            return
+        if isinstance(getattr(sys, "last_value", None), VlmFilmError):
+            # The run ended with an error of ours, which says what is wrong; this would bury it.
+            return
+        is_attached = self._runtime is not None and self._runtime.attached > 0
+        if not self.seen or is_attached or any(fate.startswith("stopped") for fate in self.seen.values()):
+            return
+        _say(f"WARNING: {MODE_VARIABLE}={self.environ.get(MODE_VARIABLE)} was set, but VLM-FiLM was NOT active in this process: nothing was attached")
+        for name, fate in self.seen.items():
+            _say(f"  {name}: {fate}")
+
+
+_activation: Activation | None = None
+
+
+def current() -> Activation | None:
+    """Return the activation of this process, or None while it is dormant."""
+    return _activation
+
+
+def activate() -> Activation:
+    """Watch for hosts in this process; a second call changes nothing.
+
+    Called by the `torch.backends` entry point when `VLM_FILM_MODE` is set; a notebook that sets it later calls
+    `vlmfilm_plugin.activate()`. Relative paths of settings are relative to the working directory of this moment.
+    """
+    global _activation
+    if _activation is None:
+        _activation = Activation()
+        if _activation.error is not None:
+            _say(" ".join(str(_activation.error).split()))
+        atexit.register(_activation.report_at_exit)
+    else:
+        refuse_changed_mode(_activation.environ.get(MODE_VARIABLE))
+    # After an activation that was refused this tries again, with the same state.
+    _activation.watch()
+    return _activation
+
+
+def running_batch(batch: Any, *, phase: str, value_range: tuple[float, float] = (0.0, 1.0), step: int | None = None) -> AbstractContextManager[None]:
+    """Publish the batch that UNet forwards inside the block belong to: for training loops of your own around a supported host.
+
+    Args:
+        batch: a mapping with `image` (B, C, H, W) and, where there are any, names (see the README on cache keys).
+        phase: `train`, `val`, `test` or `predict`.
+        value_range: (low, high) of the images.
+        step: the training step; it seeds `shuffle` and decides which steps are logged.
+
+    Raises:
+        SettingsError: the process is not activated.
+    """
+    if _activation is None or _activation.mode is None:
+        raise SettingsError(
+            "cannot publish a batch: VLM-FiLM is not active in this process",
+            {"found": f"{MODE_VARIABLE}={os.environ.get(MODE_VARIABLE)!r}", "expected": "on, off or shuffle, before `import torch`"},
+            f"set {MODE_VARIABLE}, or use `vlmfilm_plugin.attach(unet)` and `handle.condition(...)`",
+        )
+    return _activation.runtime.batch(batch, phase=phase, value_range=value_range, step=step)
+
+
+def when_ready(name: str, callback: Callable[[ModuleType], None]) -> None:
+    """Call `callback(module)` when module `name` has finished executing: now, at the end of its import, or at its later import."""
+    module = sys.modules.get(name)
+    if module is not None and _is_initialising(module):
+        # The host's own `import torch` called us: it is half-executed, and a post-import hook would run at once on the half.
+        _at_end_of_execution(module, callback)
+    else:
+        wrapt.register_post_import_hook(lambda module: when_done(module, callback), name)
+
+
+def when_done(module: ModuleType, callback: Callable[[ModuleType], None]) -> None:
+    """Call back now, or, where a module is still executing (an import cycle), at its end."""
+    if _is_initialising(module):
+        _at_end_of_execution(module, callback)
+    else:
+        callback(module)
+
+
+class _ReloadFinder(MetaPathFinder):
+    """Call back when a watched module has been executed again by `importlib.reload`: its classes are new and not patched yet.
+
+    wrapt's hooks run at the first import alone. Only a reload hands the module itself to `find_spec`; every other search is left alone.
+    """
+
+    def __init__(self, callbacks: Mapping[str, Callable[[ModuleType], None]]) -> None:
+        self._callbacks = callbacks
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        callback = self._callbacks.get(fullname)
+        if target is None or callback is None:
+            return None
+        specs = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in specs if spec is not None), None)
+        loader: Any = spec.loader if spec is not None else None
+        if loader is not None:
+            execute = loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                callback(module)
+
+            loader.exec_module = exec_module
+        return spec
+
+
+def _is_initialising(module: ModuleType) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+def _at_end_of_execution(module: ModuleType, callback: Callable[[ModuleType], None]) -> None:
+    """Call back when importlib sets `spec._initializing` to False, through a property on a class of this one spec."""
+    spec: Any = module.__spec__
+    original = type(spec)
+
+    def finish(self: Any, value: bool) -> None:
+        self.__dict__["_initializing"] = value
+        if not value:
+            self.__class__ = original
+            if sys.modules.get(self.name) is module:
+                callback(module)
+            else:
+                # The import failed and took the module out again; a retry is another module.
+                when_ready(self.name, callback)
+
+    watched = type(original.__name__, (original,), {"_initializing": property(lambda self: self.__dict__.get("_initializing", False), finish)})
+    spec.__class__ = watched
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"vlmfilm: {text}\n")
+    sys.stderr.flush()

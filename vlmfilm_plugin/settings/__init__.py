@@ -1,0 +1,1 @@
+"""Settings: their record, how values are written, which source wins. Knows neither torch nor hosts."""

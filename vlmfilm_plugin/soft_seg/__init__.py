@@ -1,0 +1,1 @@
+"""The soft-seg port's own interface, for models that call it by hand."""
