@@ -108,7 +108,7 @@ def _descriptor(settings: Settings) -> Encoder:
 
 
 def _qwen2_5_vl(settings: Settings) -> Encoder:
-    from vlmfilm_plugin.encoders.base import qwen2_5_vl
+    from vlmfilm_plugin.encoders import qwen2_5_vl
 
     return qwen2_5_vl.from_settings(settings)
 
@@ -120,7 +120,7 @@ def _hf(settings: Settings) -> Encoder:
 
 
 def _questionnaire(settings: Settings) -> Encoder:
-    from vlmfilm_plugin.encoders.base import questionnaire
+    from vlmfilm_plugin.encoders import questionnaire
 
     return questionnaire.from_settings(settings)
 
