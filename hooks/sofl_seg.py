@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from vlmfilm_plugin.errors import HostError, SettingsError
-from vlmfilm_plugin.host_spec import Config, HostSpec, Listing, RowView, SourceImage, Sources, Steps, UNet, hookimpl
+from vlmfilm_plugin.host_spec import Config, HostSpec, Listing, RowView, SourceImage, ImageFiles, Steps, UNet, hookimpl
 
 NAME = "sofl-seg"
 # Images are scaled to [-1, 1] by the host's data sets.
@@ -105,10 +105,10 @@ def _datasets(module: ModuleType) -> HostSpec | None:
     dataset = _class(module, "BaseOCTDataset")
     if not _has_arguments(dataset, "__init__", {"path", "augmentation"}):
         return None
-    return HostSpec(name=NAME, sources=[Sources(cls=dataset, read=read_sources)])
+    return HostSpec(name=NAME, image_files=[ImageFiles(cls=dataset, read=read_image_files)])
 
 
-def read_sources(dataset: Any) -> list[tuple[str, str]]:
+def read_image_files(dataset: Any) -> list[tuple[str, str]]:
     """Return name and file of every image: a collated batch keeps the names, but only its first row's file."""
     return [(item["name"], os.path.abspath(item["image"])) for item in dataset.data]
 

@@ -131,7 +131,7 @@ def test_the_layers_cover_the_whole_house() -> None:
         ("film", "class A:\n    def f(self):\n        if x:\n            import vlmfilm_plugin.hosts.registry"),
         ("settings", "try:\n    import transformers\nexcept ImportError:\n    pass"),
         ("hosts", "from torch import Tensor"),
-        ("encoders", "from vlmfilm_plugin.features.provider import FeatureSource"),
+        ("encoders", "from vlmfilm_plugin.features.provider import FeatureProvider"),
         ("film", "from .forward import attach"),
         ("run", "from vlmfilm_plugin.hooks import sofl_seg"),
         ("film", "if TYPE_CHECKING:\n    pass\nelse:\n    pass\nimport vlmfilm_plugin.cli.run"),

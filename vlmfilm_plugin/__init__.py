@@ -27,7 +27,7 @@ _HOME = {
     "GateView": "film.gates",
     "HostError": "errors",
     "HostSpec": "host_spec",
-    "Identity": "encoders.base",
+    "EncoderIdentity": "encoders.base",
     "ImageReadError": "errors",
     "ImageToConditionVector": "film.layers",
     "MissingFeatureError": "errors",

@@ -108,7 +108,7 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sources:
+class ImageFiles:
     """A data set class that knows the untouched file behind each sample's name (`batch["name"]`).
 
     Attributes:
@@ -131,7 +131,7 @@ class HostSpec:
         models: classes whose instances must contain FiLM once built (a run that was asked to be FiLM never goes on as a baseline);
             Lightning modules among them also save and check FiLM's metadata in their checkpoints.
         configs: methods of this module that receive the host's configuration.
-        sources: data set classes of this module.
+        image_files: data set classes of this module.
         recompute: names in this module that hold `torch.utils.checkpoint.checkpoint`, where the UNet calls it around target blocks.
     """
 
@@ -140,7 +140,7 @@ class HostSpec:
     steps: Sequence[Steps] = ()
     models: Sequence[type] = ()
     configs: Sequence[Config] = ()
-    sources: Sequence[Sources] = ()
+    image_files: Sequence[ImageFiles] = ()
     recompute: Sequence[str] = field(default=())
 
 

@@ -23,11 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmfilm_plugin.encoders.base import Identity
+from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.features.store.store import FeatureStore, SourceStamp, StoredFeature
 from vlmfilm_plugin.features.provider import stack
 
-IDENTITY = Identity({"encoder": "bench", "width": 2048})
+IDENTITY = EncoderIdentity({"encoder": "bench", "width": 2048})
 WIDTH, WRITE_BATCH, READ_BATCH, READS, ROUNDS, COLD_READS = 2048, 64, 8, 100, 60, 200
 # Of each round the first reads, which find another store's pages in the processor's caches; and the batches whose writes count.
 UNTIMED, LAST_WRITES = 20, 10_000 // 64

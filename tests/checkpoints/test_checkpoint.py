@@ -16,7 +16,7 @@ from vlmfilm_plugin.forward.attach import install
 from vlmfilm_plugin.checkpoints.metadata import adapt, facts_of, peek, to_port_layout, write_metadata
 from vlmfilm_plugin.forward.context import in_force
 from vlmfilm_plugin.errors import CheckpointError
-from vlmfilm_plugin.forward.given_features import ExplicitCondition
+from vlmfilm_plugin.forward.given_features import GivenFeatures
 from vlmfilm_plugin.film.module import FilmModule
 from vlmfilm_plugin.settings.record import Settings, resolve
 
@@ -49,7 +49,7 @@ class Root(nn.Module):
         if not hasattr(self.unet, "vlm_film"):
             return self.tail(self.norm(self.unet(self.scale * x, t, cond)))
         given = torch.randn(3, FEATURES, generator=torch.Generator().manual_seed(seed))
-        with in_force(ExplicitCondition(self.unet.vlm_film.family, given)):
+        with in_force(GivenFeatures(self.unet.vlm_film.film_id, given)):
             return self.tail(self.norm(self.unet(self.scale * x, t, cond)))
 
 

@@ -12,12 +12,12 @@ import pytest
 from processes import python, succeed
 
 from vlmfilm_plugin.cli import main
-from vlmfilm_plugin.encoders.base import Identity
+from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.errors import StoreError
 from vlmfilm_plugin.features.store.store import FeatureStore, SourceStamp, StoredFeature
 from vlmfilm_plugin.features.store.admin import opened, prune
 
-A, B = Identity({"encoder": "aa", "model": "x"}), Identity({"encoder": "bb", "model": "y"})
+A, B = EncoderIdentity({"encoder": "aa", "model": "x"}), EncoderIdentity({"encoder": "bb", "model": "y"})
 STAMP = SourceStamp(3, 1_700_000_000_123_456_789, "ab" * 16)
 
 
@@ -125,7 +125,7 @@ def test_prune_deletes_nothing_for_a_name_that_is_not_one_namespace(folder: Path
 
 def test_an_open_store_never_reads_another_encoder_after_a_prune(folder: Path) -> None:
     # SQLite gives the id of a deleted namespace to the next one.
-    c = Identity({"encoder": "cc"})
+    c = EncoderIdentity({"encoder": "cc"})
     with FeatureStore(folder) as store, opened(folder) as file:
         assert store.read(B, ["k1"])
         prune(file, drop=["bb"])

@@ -21,11 +21,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmfilm_plugin.encoders.base import Identity
+from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.errors import FeatureError, ImageReadError, StoreError
 from vlmfilm_plugin.features.store.store import FeatureStore, SourceStamp, StoredFeature
 
-A, B = Identity({"encoder": "a", "model": "x"}), Identity({"encoder": "a", "model": "y"})
+A, B = EncoderIdentity({"encoder": "a", "model": "x"}), EncoderIdentity({"encoder": "a", "model": "y"})
 FORK = multiprocessing.get_context("fork")
 
 
@@ -76,7 +76,7 @@ def test_identities_never_see_each_other(tmp_path: Path) -> None:
         store.write(B, _rows("k", "l", value=2, width=7))
         assert store.read(A, ["k"])["k"].feature[0] == 1 and store.read(B, ["k"])["k"].feature.shape == (7,)
         assert (store.count(A), store.count(B), store.keys(B)) == (1, 2, ["k", "l"])
-        assert store.read(Identity({"encoder": "none"}), ["k"]) == {} and store.count(Identity({})) == 0
+        assert store.read(EncoderIdentity({"encoder": "none"}), ["k"]) == {} and store.count(EncoderIdentity({})) == 0
         facts = json.loads(str(_raw(store, "SELECT facts FROM namespaces ORDER BY id")[0][0]))
     assert facts == dict(A.facts)
 
@@ -308,9 +308,9 @@ def test_unknown_dtype_is_refused(tmp_path: Path) -> None:
 
 WRITER = """
 import sys, numpy as np
-from vlmfilm_plugin.encoders.base import Identity
+from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.features.store.store import FeatureStore, StoredFeature
-store, identity = FeatureStore(sys.argv[1], "float32"), Identity({"encoder": "a", "model": "x"})
+store, identity = FeatureStore(sys.argv[1], "float32"), EncoderIdentity({"encoder": "a", "model": "x"})
 for batch in range(int(sys.argv[3])):
     store.write(identity, [StoredFeature(f"{sys.argv[2]}-{batch:05d}-{i}", np.full(512, batch, np.float32)) for i in range(16)])
     print(batch, flush=True)

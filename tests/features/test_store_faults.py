@@ -21,14 +21,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmfilm_plugin.encoders.base import Identity
+from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
 from vlmfilm_plugin.errors import StoreError
 from vlmfilm_plugin.features.store.store import FeatureStore, StoredFeature
 from vlmfilm_plugin.features.store.admin import opened, verify
 from vlmfilm_plugin.warmup.encode import warm_up
 
-IDENTITY = Identity({"encoder": "faults", "model": "x"})
+IDENTITY = EncoderIdentity({"encoder": "faults", "model": "x"})
 FORK = multiprocessing.get_context("fork")
 BATCH = 16
 KILLS = 10  # of each kind
@@ -230,7 +230,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the file of a sound store of 60 features in two namespaces; copy it."""
     folder = tmp_path_factory.mktemp("sound")
     with FeatureStore(folder) as store:
-        store.write(Identity({"encoder": "other"}), [StoredFeature(f"k{i}", np.full(64, 77.0), None, "another encoder's") for i in range(30)])
+        store.write(EncoderIdentity({"encoder": "other"}), [StoredFeature(f"k{i}", np.full(64, 77.0), None, "another encoder's") for i in range(30)])
         store.write(IDENTITY, [StoredFeature(f"k{i}", feature_of(i), None, f"note {i}") for i in range(30)])
     return store.path
 

@@ -41,7 +41,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
     yield
-    conditioning._stacks.frames, conditioning._stacks.conditions = [], []
+    conditioning._stacks.contexts, conditioning._stacks.conditions = [], []
 
 
 def build(
@@ -260,7 +260,7 @@ def test_a_row_mismatch_is_refused(given: int) -> None:
     handle = build()
     with pytest.raises(ConditionError):
         call(handle, features(given))
-    assert not conditioning._stacks.frames
+    assert not conditioning._stacks.contexts
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -291,7 +291,7 @@ def test_no_condition_in_force_is_refused_also_after_one_was() -> None:
     call(handle)
     with pytest.raises(ConditionError, match="no condition in force"):
         handle.unet(*inputs(3))
-    assert not conditioning._stacks.frames
+    assert not conditioning._stacks.contexts
 
 
 def test_half_and_double_features_are_taken() -> None:
@@ -343,7 +343,7 @@ def test_images_are_encoded_by_the_encoder_of_the_settings(described: FilmHandle
     for images in (pictures, [pictures[0], tmp_path / "one.png", np.asarray(pictures[2])]):
         with described.condition(images=images), torch.no_grad():
             assert torch.equal(described.unet(*inputs(3)), expected)
-    assert described._feature_source().stats.miss == 3
+    assert described._feature_provider().stats.miss == 3
     assert list((tmp_path / "cache").rglob("*"))
 
 
@@ -357,7 +357,7 @@ def test_images_that_cannot_be_used_are_refused_by_our_own_errors(described: Fil
 
 def test_the_encoder_is_in_no_state_dict_copy_or_pickle_of_the_unet(described: FilmHandle) -> None:
     with described.condition(images=[picture(0)]):
-        assert b"FeatureSource" not in pickle.dumps(described.unet)
+        assert b"FeatureProvider" not in pickle.dumps(described.unet)
     assert {name.split(".")[0] for name in described.film.state_dict()} == {"image_to_cond", "heads", "_extra_state"}
 
 
@@ -407,7 +407,7 @@ def test_a_head_that_does_not_fit_the_output_names_both_shapes() -> None:
     with pytest.raises(ConditionError) as caught:
         call(handle)
     assert caught.value.facts["output"][1] == 3
-    assert not conditioning._stacks.frames
+    assert not conditioning._stacks.contexts
 
 
 # Copies

@@ -26,8 +26,8 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("VLM_FILM_MODE", raising=False)
     torch.manual_seed(0)
     yield
-    left = len(conditioning._stacks.frames), len(conditioning._stacks.conditions)
-    conditioning._stacks.frames, conditioning._stacks.conditions = [], []
+    left = len(conditioning._stacks.contexts), len(conditioning._stacks.conditions)
+    conditioning._stacks.contexts, conditioning._stacks.conditions = [], []
     assert left == (0, 0)
 
 
@@ -202,7 +202,7 @@ def test_a_refused_inner_call_of_the_same_unet_does_not_close_the_outer_frame() 
     def inner() -> None:
         with pytest.raises(ConditionError):
             handle.unet(*inputs(2, dtype=torch.float64))
-        seen.append(len(conditioning._stacks.frames))
+        seen.append(len(conditioning._stacks.contexts))
 
     nest(handle, inner)
     assert torch.equal(call(handle, 1), expected)
@@ -219,7 +219,7 @@ def test_an_exception_inside_forward_leaves_no_frame_open() -> None:
     hook = handle.unet.ups[1][0].register_forward_hook(fail)
     with pytest.raises(KeyError):
         call(handle, 1)
-    assert not conditioning._stacks.frames
+    assert not conditioning._stacks.contexts
     with pytest.raises(ConditionError):
         handle.unet.ups[0][1](torch.zeros(1, 6, 4, 4, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
     hook.remove()
@@ -237,7 +237,7 @@ def test_an_exception_inside_a_recomputed_block_restores_the_stack(use_reentrant
     hook = handle.unet.ups[0][1].register_forward_pre_hook(fail)
     with pytest.raises(KeyError):
         loss.backward()
-    assert not conditioning._stacks.frames
+    assert not conditioning._stacks.contexts
     hook.remove()
     call(handle, 1).sum().backward()
 
@@ -246,7 +246,7 @@ def test_an_error_in_the_condition_itself_leaves_nothing_open() -> None:
     handle = film_unet(None)
     with pytest.raises(ConditionError), handle.condition(features=features(2, 0)):
         handle.unet(*inputs(3, dtype=torch.float64))
-    assert not conditioning._stacks.frames
+    assert not conditioning._stacks.contexts
 
 
 def test_a_block_called_outside_a_forward_raises_also_inside_a_condition() -> None:
@@ -353,11 +353,11 @@ def test_bind_without_an_open_frame_is_the_function_itself() -> None:
 
 def test_a_bound_function_restores_the_frames_around_it_and_keeps_its_name() -> None:
     handle = film_unet(None)
-    bound: list[Callable[[], list[conditioning.Frame]]] = []
+    bound: list[Callable[[], list[conditioning.ForwardContext]]] = []
 
-    def frames() -> list[conditioning.Frame]:
+    def frames() -> list[conditioning.ForwardContext]:
         """Frames now."""
-        return list(conditioning._stacks.frames)
+        return list(conditioning._stacks.contexts)
 
     hook = handle.unet.ups[0][0].register_forward_hook(lambda *_: bound.append(conditioning.bind(frames)))
     call(handle, 1)

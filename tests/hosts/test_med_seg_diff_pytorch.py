@@ -63,10 +63,10 @@ print(json.dumps({"film": len(before), "moved": len(moved), "shape": list(sample
 def test_each_image_is_looked_up_once_a_sample_call_however_many_steps_follow(tmp_path: Path) -> None:
     output = run(
         """
-from vlmfilm_plugin.features.provider import FeatureSource
+from vlmfilm_plugin.features.provider import FeatureProvider
 calls = []
-get = FeatureSource.get
-FeatureSource.get = lambda self, samples: (calls.append(len(samples)), get(self, samples))[1]
+get = FeatureProvider.get
+FeatureProvider.get = lambda self, samples: (calls.append(len(samples)), get(self, samples))[1]
 forwards = []
 model.register_forward_pre_hook(lambda *a: forwards.append(1))
 diffusion.sample(image)

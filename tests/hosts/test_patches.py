@@ -20,7 +20,7 @@ from vlmfilm_plugin import hookimpl
 from vlmfilm_plugin.forward import context as conditioning
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError, VlmFilmError
 from vlmfilm_plugin.film.module import film_modules
-from vlmfilm_plugin.host_spec import Config, HostSpec, RowView, Sources, Steps, UNet, same_rows
+from vlmfilm_plugin.host_spec import Config, HostSpec, RowView, ImageFiles, Steps, UNet, same_rows
 from vlmfilm_plugin.hosts.registry import AdapterRegistry, patch_host
 from vlmfilm_plugin.run.runtime import Runtime
 
@@ -32,7 +32,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("VLM_FILM_MODE", raising=False)
     torch.manual_seed(0)
     yield
-    conditioning._stacks.frames, conditioning._stacks.conditions = [], []
+    conditioning._stacks.contexts, conditioning._stacks.conditions = [], []
     for name in [name for name in sys.modules if name.startswith("third_party_")]:
         del sys.modules[name]
 
@@ -114,7 +114,7 @@ class Adapter:
                 )
             ],
             configs=[Config(cls=module.Trainer, method="__init__", read=lambda arguments: arguments["config"].get("film") or {})],
-            sources=[Sources(cls=module.Pictures, read=lambda pictures: pictures.items)],
+            image_files=[ImageFiles(cls=module.Pictures, read=lambda pictures: pictures.items)],
             recompute=["checkpoint"],
         )
 
@@ -214,7 +214,7 @@ def test_rows_that_repeat_a_sample_get_that_samples_condition(tmp_path: Path) ->
     model = host.Model().eval()
     randomise(model.net.vlm_film)
     seen: list[Tensor] = []
-    model.net.register_forward_hook(lambda module, args, output: seen.append(conditioning._stacks.frames[-1].index), prepend=True)
+    model.net.register_forward_hook(lambda module, args, output: seen.append(conditioning._stacks.contexts[-1].index), prepend=True)
     model.training_step(batch(), patches=2)
     assert seen[0].tolist() == [0, 0, 1, 1, 2, 2]
 
@@ -241,13 +241,13 @@ def test_a_batch_without_images_is_refused(bad: Any, tmp_path: Path) -> None:
 
 
 def test_a_callers_own_condition_wins_over_the_batch(tmp_path: Path) -> None:
-    from vlmfilm_plugin.forward.given_features import ExplicitCondition
+    from vlmfilm_plugin.forward.given_features import GivenFeatures
 
     host, run = patched(tmp_path)
     model = host.Model()
     randomise(model.net.vlm_film)
     width = model.net.vlm_film.architecture.feature_dim
-    with torch.no_grad(), conditioning.in_force(ExplicitCondition(model.net.vlm_film.family, torch.ones(1, width))):
+    with torch.no_grad(), conditioning.in_force(GivenFeatures(model.net.vlm_film.film_id, torch.ones(1, width))):
         a = model.validation_step(batch(1))
     with torch.no_grad():
         b = model.validation_step(batch(1))
@@ -284,7 +284,7 @@ def test_a_validation_between_two_steps_does_not_replace_what_training_holds(str
 def test_first_conditions_every_row_on_the_first_sample_and_evaluation_on_each(tmp_path: Path) -> None:
     host, _ = patched(tmp_path, BATCH_STRATEGY="first")
     model, frames = host.Model(), []
-    model.net.register_forward_hook(lambda *_: frames.append(conditioning._stacks.frames[-1].features), prepend=True)
+    model.net.register_forward_hook(lambda *_: frames.append(conditioning._stacks.contexts[-1].features), prepend=True)
     model.training_step(batch())
     with torch.no_grad():
         for seed in (1, 2):
@@ -406,10 +406,10 @@ def test_a_subclass_that_rebuilds_its_decoder_is_modulated_there_or_refused_neve
         randomise(model.net.vlm_film)
         image = torch.rand(1, 1, 8, 8)
         for scale in (0.1, 1.0):
-            from vlmfilm_plugin.forward.given_features import ExplicitCondition
+            from vlmfilm_plugin.forward.given_features import GivenFeatures
 
             given = scale * torch.randn(1, model.net.vlm_film.architecture.feature_dim)
-            with torch.no_grad(), conditioning.in_force(ExplicitCondition(model.net.vlm_film.family, given)):
+            with torch.no_grad(), conditioning.in_force(GivenFeatures(model.net.vlm_film.film_id, given)):
                 outputs.append(model.net(image, torch.zeros(1), image))
     except VlmFilmError:
         return

@@ -101,13 +101,13 @@ def test_evaluation_projects_once_and_looks_up_once_for_each_image(stand_in: Sta
     output = run(
         stand_in,
         """
-from vlmfilm_plugin.features.provider import FeatureSource
+from vlmfilm_plugin.features.provider import FeatureProvider
 model = flow(timesteps=4).eval()
 film = model.unet.base_unet.vlm_film
 calls = {"project": 0, "get": 0, "head": 0}
-project, get = type(film).project, FeatureSource.get
+project, get = type(film).project, FeatureProvider.get
 type(film).project = lambda self, f: (calls.__setitem__("project", calls["project"] + 1), project(self, f))[1]
-FeatureSource.get = lambda self, s: (calls.__setitem__("get", calls["get"] + 1), get(self, s))[1]
+FeatureProvider.get = lambda self, s: (calls.__setitem__("get", calls["get"] + 1), get(self, s))[1]
 film.heads[0].register_forward_hook(lambda *a: calls.__setitem__("head", calls["head"] + 1))
 with torch.inference_mode():
     for file in files[:2]:
@@ -160,7 +160,7 @@ assert torch.allclose(used[0][0], expected(model.unet.base_unet.vlm_film, files[
 torch.manual_seed(0)
 model = DiffusionModel(arch_name="medsegdiff", image_size=32, dim=8, timesteps=2)
 ours, copy = model.diffusion_model.model.vlm_film, model.ema_model.model.vlm_film
-assert ours is not copy and ours.family == copy.family
+assert ours is not copy and ours.film_id == copy.film_id
 wake(model.diffusion_model); wake(model.ema_model)
 used.clear()
 model.training_step(batch_of(files[:2]), 0)
@@ -234,7 +234,7 @@ try:
 except Exception as error:
     print(type(error).__name__, error)
 from vlmfilm_plugin.hosts import activation
-source = activation.current().runtime.source_for(film)
+source = activation.current().runtime.provider_for(film)
 source.get(source.samples_of(batch_of(files[1:2]), torch.zeros(1, 1, 32, 32), (-1, 1)))
 assert torch.allclose(step(), expected(film, files[1:2], 0)[0], atol=1e-5)
 """

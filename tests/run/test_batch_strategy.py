@@ -4,67 +4,67 @@ from __future__ import annotations
 
 import pytest
 
-from vlmfilm_plugin.run.batch_strategy import ConditionPolicy
+from vlmfilm_plugin.run.batch_strategy import BatchStrategy
 
 KEYS = ["a", "b", "c", "d"]
 
 
-def rows(policy: ConditionPolicy, keys: list[str], step: int | None, is_train: bool = True) -> list[int] | None:
-    chosen = policy.choose(keys, step, is_train).rows
+def rows(strategy: BatchStrategy, keys: list[str], step: int | None, is_train: bool = True) -> list[int] | None:
+    chosen = strategy.choose(keys, step, is_train).rows
     return None if chosen is None else list(chosen)
 
 
 def test_per_sample_conditions_every_row_on_itself_at_every_step() -> None:
-    policy = ConditionPolicy()
-    assert [rows(policy, KEYS, step) for step in (0, 0, 1)] == [[0, 1, 2, 3]] * 3
+    strategy = BatchStrategy()
+    assert [rows(strategy, KEYS, step) for step in (0, 0, 1)] == [[0, 1, 2, 3]] * 3
 
 
 @pytest.mark.parametrize("strategy", ["first", "random", "per_sample"])
 @pytest.mark.parametrize("reuse", ["step_interval", "image_id"])
 def test_evaluation_conditions_each_image_on_itself_at_a_constant_step(strategy: str, reuse: str) -> None:
-    policy = ConditionPolicy(strategy, reuse, 100)
-    policy.choose(KEYS, 7, True)
-    assert [rows(policy, [key], 7, is_train=False) for key in KEYS] == [[0]] * 4
-    assert rows(policy, KEYS, 7, is_train=False) == [0, 1, 2, 3]
+    strategy = BatchStrategy(strategy, reuse, 100)
+    strategy.choose(KEYS, 7, True)
+    assert [rows(strategy, [key], 7, is_train=False) for key in KEYS] == [[0]] * 4
+    assert rows(strategy, KEYS, 7, is_train=False) == [0, 1, 2, 3]
 
 
 def test_first_holds_for_exactly_the_interval() -> None:
-    policy = ConditionPolicy("first", "step_interval", 3)
-    assert [rows(policy, KEYS, step) for step in range(7)] == [[0] * 4, None, None, [0] * 4, None, None, [0] * 4]
+    strategy = BatchStrategy("first", "step_interval", 3)
+    assert [rows(strategy, KEYS, step) for step in range(7)] == [[0] * 4, None, None, [0] * 4, None, None, [0] * 4]
 
 
 def test_gradient_accumulation_holds_within_a_step() -> None:
-    policy = ConditionPolicy("first", "step_interval", 1)
-    assert [rows(policy, KEYS, step) for step in (0, 0, 1, 1)] == [[0] * 4, None, [0] * 4, None]
+    strategy = BatchStrategy("first", "step_interval", 1)
+    assert [rows(strategy, KEYS, step) for step in (0, 0, 1, 1)] == [[0] * 4, None, [0] * 4, None]
 
 
 def test_a_step_that_goes_back_or_is_unknown_is_never_held() -> None:
-    policy = ConditionPolicy("first", "step_interval", 100)
-    rows(policy, KEYS, 50)
-    assert rows(policy, KEYS, 3) == [0] * 4
-    assert rows(policy, KEYS, None) == [0] * 4
-    assert rows(policy, KEYS, None) == [0] * 4
+    strategy = BatchStrategy("first", "step_interval", 100)
+    rows(strategy, KEYS, 50)
+    assert rows(strategy, KEYS, 3) == [0] * 4
+    assert rows(strategy, KEYS, None) == [0] * 4
+    assert rows(strategy, KEYS, None) == [0] * 4
 
 
 def test_image_id_holds_while_the_first_image_is_the_same() -> None:
-    policy = ConditionPolicy("first", "image_id", 100)
-    assert rows(policy, ["a", "b"], 0) == [0, 0]
-    assert rows(policy, ["a", "c"], 1) is None
-    assert rows(policy, ["c", "a"], 2) == [0, 0]
-    assert rows(policy, ["a", "b"], 3) == [0, 0]
+    strategy = BatchStrategy("first", "image_id", 100)
+    assert rows(strategy, ["a", "b"], 0) == [0, 0]
+    assert rows(strategy, ["a", "c"], 1) is None
+    assert rows(strategy, ["c", "a"], 2) == [0, 0]
+    assert rows(strategy, ["a", "b"], 3) == [0, 0]
 
 
 def test_evaluation_does_not_disturb_what_training_holds() -> None:
-    policy = ConditionPolicy("first", "image_id", 100)
-    rows(policy, ["a"], 0)
-    rows(policy, ["v"], 0, is_train=False)
-    assert rows(policy, ["a"], 1) is None
-    assert rows(policy, ["v"], 2) == [0]
+    strategy = BatchStrategy("first", "image_id", 100)
+    rows(strategy, ["a"], 0)
+    rows(strategy, ["v"], 0, is_train=False)
+    assert rows(strategy, ["a"], 1) is None
+    assert rows(strategy, ["v"], 2) == [0]
 
 
 def test_random_is_seeded_by_the_step_alone_and_moves() -> None:
-    drawn = [rows(ConditionPolicy("random", "step_interval", 1), KEYS, step) for step in range(40)]
-    again = [rows(ConditionPolicy("random", "step_interval", 1), KEYS, step) for step in range(40)]
+    drawn = [rows(BatchStrategy("random", "step_interval", 1), KEYS, step) for step in range(40)]
+    again = [rows(BatchStrategy("random", "step_interval", 1), KEYS, step) for step in range(40)]
     assert drawn == again
     assert all(row is not None and len(set(row)) == 1 and len(row) == 4 for row in drawn)
     assert {row[0] for row in drawn if row} == {0, 1, 2, 3}
@@ -76,5 +76,5 @@ def test_random_does_not_touch_the_global_stream() -> None:
     random.seed(3)
     expected = random.random()
     random.seed(3)
-    ConditionPolicy("random").choose(KEYS, 5, True)
+    BatchStrategy("random").choose(KEYS, 5, True)
     assert random.random() == expected

@@ -56,7 +56,7 @@ def test_hooks_and_state_do_not_pile_up_over_many_attachments() -> None:
         output(handle)
         handle.remove()
         assert hooks_of(unet) == before == {} and list(unet.state_dict()) == keys
-    assert not conditioning._stacks.frames and not conditioning._stacks.conditions
+    assert not conditioning._stacks.contexts and not conditioning._stacks.conditions
 
 
 def test_attached_again_film_is_fresh_and_may_have_another_shape() -> None:
@@ -107,7 +107,7 @@ def test_removed_inside_a_condition_or_by_a_failing_block_nothing_is_left() -> N
         unet(*inputs(3))
     with pytest.raises(KeyError), film_on(unet) as again, again.condition(features=features()):
         raise KeyError
-    assert hooks_of(unet) == {} and not conditioning._stacks.frames and not conditioning._stacks.conditions
+    assert hooks_of(unet) == {} and not conditioning._stacks.contexts and not conditioning._stacks.conditions
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
@@ -318,15 +318,15 @@ def two_hosts(mode):
                  conditioning_kwargs=dict(dim_head=8, heads=2, depth=1, patch_size=8))
     model, diffusion = space["model"], MedSegDiff(other, timesteps=4)
     ours, theirs = model.unet.base_unet.vlm_film, other.vlm_film
-    assert ours.family != theirs.family and {ours.mode, theirs.mode} == {mode}
+    assert ours.film_id != theirs.film_id and {ours.mode, theirs.mode} == {mode}
     used = {}
     for film, unet in ((ours, model.unet.base_unet), (theirs, other)):
         for i, head in enumerate(film.heads):
             torch.nn.init.normal_(head.mlp[2].weight, std=0.5)
             # What a block is modulated with, read off the tensors around FiLM's hook: y = gamma x + beta.
             block = unet.ups[i][1]
-            block.register_forward_hook(lambda m, a, y, key=(film.family, i): used.__setitem__((key, "x"), y.detach().clone()), prepend=True)
-            block.register_forward_hook(lambda m, a, y, key=(film.family, i): used.__setitem__((key, "y"), y.detach().clone()))
+            block.register_forward_hook(lambda m, a, y, key=(film.film_id, i): used.__setitem__((key, "x"), y.detach().clone()), prepend=True)
+            block.register_forward_hook(lambda m, a, y, key=(film.film_id, i): used.__setitem__((key, "y"), y.detach().clone()))
     a, b = space["batch"](2), torch.rand(3, 3, 16, 16)
     mask = (torch.rand(3, 1, 16, 16) > 0.5).float()
     for turn in range(2):
@@ -336,7 +336,7 @@ def two_hosts(mode):
         for film, image, value_range in ((ours, a["image"], (-1, 1)), (theirs, b, (0, 1))):
             feature = DescriptorEncoder().encode([from_tensor(row, value_range) for row in image]).half().float()
             for i, head in enumerate(film.heads):
-                x, y = (used[((film.family, i), which)] for which in "xy")
+                x, y = (used[((film.film_id, i), which)] for which in "xy")
                 if mode == "off":
                     assert torch.equal(x, y)
                 else:
@@ -345,7 +345,7 @@ def two_hosts(mode):
                     assert not torch.allclose(x, y, atol=1e-3)
                     torch.testing.assert_close(y, gamma * x + beta, rtol=1e-4, atol=1e-4)
             assert all((p.grad is None) if mode == "off" else float(p.grad.norm()) > 0 for p in film.parameters())
-    assert not conditioning._stacks.frames and not conditioning._stacks.conditions
+    assert not conditioning._stacks.contexts and not conditioning._stacks.conditions
 
 @scenario
 def two_hosts_on(): two_hosts("on")

@@ -67,7 +67,7 @@ SPEC = UNet(cls=SmallUNet, targets={"post_block2": "ups.*.1", "post_block1": "up
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
     yield
-    conditioning._stacks.frames, conditioning._stacks.conditions = [], []
+    conditioning._stacks.contexts, conditioning._stacks.conditions = [], []
 
 
 class Owner:

@@ -21,9 +21,9 @@ from small_unet import SmallUNet, inputs, randomise
 from vlmfilm_plugin import ConditionError, SettingsError, StoreError, attach
 from vlmfilm_plugin.settings import record as settings
 from vlmfilm_plugin.features.store.store import FeatureStore
-from vlmfilm_plugin.features.provider import FeatureSource
+from vlmfilm_plugin.features.provider import FeatureProvider
 from vlmfilm_plugin.host_spec import UNet
-from vlmfilm_plugin.features.shuffle_donor import Partners
+from vlmfilm_plugin.features.shuffle_donor import ShuffleDonors
 from vlmfilm_plugin.run.runtime import Runtime
 from vlmfilm_plugin.settings.record import resolve
 
@@ -37,15 +37,15 @@ def picture(path: Path, value: int) -> Path:
     return path
 
 
-def source(cache: Path, **values: object) -> FeatureSource:
-    return FeatureSource.from_settings(resolve([("arguments", {"encoder": "descriptor", "cache_dir": str(cache), **values})]))
+def source(cache: Path, **values: object) -> FeatureProvider:
+    return FeatureProvider.from_settings(resolve([("arguments", {"encoder": "descriptor", "cache_dir": str(cache), **values})]))
 
 
 def batch(*paths: Path) -> dict[str, Any]:
     return {"image": torch.zeros(len(paths), 1, 8, 8), "name": [path.name for path in paths], "filepath": [str(path) for path in paths]}
 
 
-def feature_of(features: FeatureSource, path: Path) -> np.ndarray[Any, Any]:
+def feature_of(features: FeatureProvider, path: Path) -> np.ndarray[Any, Any]:
     return features.get(features.samples_of(batch(path), IMAGE, (0.0, 1.0)))[0]
 
 
@@ -82,7 +82,7 @@ def test_two_models_of_one_process_keep_their_own_encoders_and_stores(tmp_path: 
         handle = run.attach(SmallUNet(), UNET)
         assert handle is not None
         handles.append(handle)
-    assert [run.source_for(handle.film).store.path.parent.name for handle in handles] == ["first", "second"]
+    assert [run.provider_for(handle.film).store.path.parent.name for handle in handles] == ["first", "second"]
 
 
 def test_an_encoder_that_changed_under_a_running_process_is_refused(tmp_path: Path, tiny_qwen: Path) -> None:
@@ -97,7 +97,7 @@ def test_an_encoder_that_changed_under_a_running_process_is_refused(tmp_path: Pa
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(EncoderError, match="not the one FiLM was built for"):
-        run.source_for(handle.film)
+        run.provider_for(handle.film)
 
 
 def test_the_partner_of_a_shuffled_image_alone_is_another_image_whatever_its_key(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_the_partner_of_a_shuffled_image_alone_is_another_image_whatever_its_key
     sample = features.samples_of({"image": IMAGE, "filepath": [str(path)]}, IMAGE, (0.0, 1.0))[0]
     wanted = feature_of(features, other)
     for seed in range(20):
-        drawn = Partners(features).draw(sample, seed, {})
+        drawn = ShuffleDonors(features).draw(sample, seed, {})
         assert drawn is not None
         np.testing.assert_array_equal(drawn[1], wanted)
 
@@ -125,7 +125,7 @@ def test_with_known_data_sets_the_partner_depends_on_seed_and_data_set_alone(tmp
             for path in files.values():
                 feature_of(features, path)
         sample = features.samples_of(batch(tmp_path / "test" / "3.png"), IMAGE, (0.0, 1.0))[0]
-        draws.append([Partners(features).draw(sample, seed, dict(files))[0] for seed in range(12)])  # type: ignore[index]
+        draws.append([ShuffleDonors(features).draw(sample, seed, dict(files))[0] for seed in range(12)])  # type: ignore[index]
     assert draws[0] == draws[1] and len(set(draws[0])) > 3
     assert not any("train" in key or key.endswith("test/image/3.png") for key in draws[0])
 
@@ -199,11 +199,11 @@ def test_images_without_files_are_named_once_a_phase(tmp_path: Path, capsys: pyt
 READ_ONLY = """
 import sys
 from vlmfilm_plugin import StoreError
-from vlmfilm_plugin.encoders.base import Identity
+from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.features.store.store import FeatureStore, StoredFeature
 import numpy as np
 store = FeatureStore(sys.argv[1])
-identity = Identity({"encoder": "x"})
+identity = EncoderIdentity({"encoder": "x"})
 assert list(store.read(identity, ["a"])) == ["a"]
 try:
     store.write(identity, [StoredFeature("b", np.ones(3))])
@@ -213,11 +213,11 @@ except StoreError as error:
 
 
 def test_a_complete_store_on_a_read_only_mount_is_read_and_a_write_is_refused(tmp_path: Path) -> None:
-    from vlmfilm_plugin.encoders.base import Identity
+    from vlmfilm_plugin.encoders.base import EncoderIdentity
     from vlmfilm_plugin.features.store.store import StoredFeature
 
     with FeatureStore(tmp_path / "cache") as store:
-        store.write(Identity({"encoder": "x"}), [StoredFeature("a", np.ones(3))])
+        store.write(EncoderIdentity({"encoder": "x"}), [StoredFeature("a", np.ones(3))])
     mount = f"mount --bind {tmp_path}/cache {tmp_path}/cache && mount -o remount,ro,bind {tmp_path}/cache"
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True, check=False).returncode:
         pytest.skip("this machine lets nobody mount a folder read-only")

@@ -25,11 +25,11 @@ from stand_in import SETTINGS, StandIn
 from vlmfilm_plugin import warmup_vlm_cache
 from vlmfilm_plugin.warmup import encode as warmup
 from vlmfilm_plugin.warmup import image_list as warmup_sources
-from vlmfilm_plugin.encoders.base import Identity
+from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
 from vlmfilm_plugin.errors import EncoderError, HostError, SettingsError
 from vlmfilm_plugin.features.store.store import FeatureStore
-from vlmfilm_plugin.features.provider import FeatureSource, Sample
+from vlmfilm_plugin.features.provider import FeatureProvider, Sample
 from vlmfilm_plugin.warmup.encode import warm_up
 from vlmfilm_plugin.warmup.image_list import read_plan
 
@@ -48,7 +48,7 @@ def make_images(folder: Path, count: int, size: int = 24) -> list[Path]:
     return paths
 
 
-def keys_in(folder: Path, identity: Identity | None = None) -> list[str]:
+def keys_in(folder: Path, identity: EncoderIdentity | None = None) -> list[str]:
     with FeatureStore(folder) as store:
         return store.keys(identity or DescriptorEncoder().identity)
 
@@ -119,7 +119,7 @@ def test_a_folder_is_keyed_as_a_batch_with_file_paths_would_be(tmp_path: Path) -
     (tmp_path / "data" / "loop").symlink_to(tmp_path / "data")
     assert quiet(tmp_path / "data", tmp_path).encoded == 2
     assert keys_in(tmp_path / "cache") == [f"unknown:{path}" for path in paths]
-    source = FeatureSource(DescriptorEncoder(), FeatureStore(tmp_path / "cache"), on_missing="error")
+    source = FeatureProvider(DescriptorEncoder(), FeatureStore(tmp_path / "cache"), on_missing="error")
     batch = {"filepath": [str(path) for path in paths]}
     source.get(source.samples_of(batch, torch.zeros(2, 1, 8, 8), (0.0, 1.0)))
     rooted = quiet(tmp_path / "data", tmp_path, settings={"dataset_root": str(tmp_path / "data")}, as_split="train")
@@ -386,7 +386,7 @@ def sample(index: int) -> Sample:
 def test_the_encoder_is_released_after_an_epoch_without_a_miss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encoder = Loaded()
     encoder.calls = []
-    source = FeatureSource(encoder, FeatureStore(tmp_path))
+    source = FeatureProvider(encoder, FeatureStore(tmp_path))
     for epoch, wanted, is_loaded in [(0, 1, True), (0, 2, True), (1, 2, True), (1, 3, True), (2, 3, True), (3, 3, False), (4, 3, False)]:
         source.enter_epoch(epoch)
         assert encoder.is_loaded is is_loaded, epoch

@@ -17,7 +17,7 @@ import torch
 
 from vlmfilm_plugin.encoders import _loading as loading
 from vlmfilm_plugin.encoders import _preprocessing as preprocessing
-from vlmfilm_plugin.encoders.base import Identity
+from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.errors import EncoderError, FeatureError
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ class LazyEncoder:
         return preprocessing.read_image_processor(self.settings)
 
     @cached_property
-    def identity(self) -> Identity:
+    def identity(self) -> EncoderIdentity:
         """Return what decides a feature; the compute dtype and the device are no part of it."""
-        return Identity(
+        return EncoderIdentity(
             {
                 **self._facts(),
                 **loading.model_facts(self.settings, self.config),

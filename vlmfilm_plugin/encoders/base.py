@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Identity:
+class EncoderIdentity:
     """Everything that decides the value of a feature: encoder, model, revision, pooling, prompt, preprocessing.
 
     Two encoders with equal facts give the same feature for the same image; the store keeps one namespace for each identity.
@@ -48,7 +48,7 @@ class Encoder(Protocol):
     """
 
     @property
-    def identity(self) -> Identity:
+    def identity(self) -> EncoderIdentity:
         """Return what decides the features of this encoder; no weights are read for it."""
 
     @property

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlmfilm_plugin.encoders.base import Identity
+from vlmfilm_plugin.encoders.base import EncoderIdentity
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -54,9 +54,9 @@ class DescriptorEncoder:
     """
 
     @property
-    def identity(self) -> Identity:
+    def identity(self) -> EncoderIdentity:
         """Return the facts that decide a feature: this encoder, its version, and its working size in pixels."""
-        return Identity({"encoder": "descriptor", "version": VERSION, "size": SIZE, "width": FEATURE_DIM})
+        return EncoderIdentity({"encoder": "descriptor", "version": VERSION, "size": SIZE, "width": FEATURE_DIM})
 
     @property
     def feature_dim(self) -> int:

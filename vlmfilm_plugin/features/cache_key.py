@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from vlmfilm_plugin.features.content_hash import attempt, fingerprints, row_count, row_vectors
+from vlmfilm_plugin.features.content_hash import attempt, content_hashes, row_count, row_vectors
 
 FINGERPRINT = "fingerprint"
 _NAME = "name"
@@ -65,7 +65,7 @@ def cache_keys(batch: object, rows: int, *, dataset_root: str | os.PathLike[str]
         if all(cut):
             return CacheKeys(tuple(f"{split}:{_relative(name, dataset_root)}" for split, name in zip(splits, cut, strict=True)), label)
     content = image if image is not None else _get(batch, "image")
-    return CacheKeys(fingerprints(content, splits, _crops(batch, rows)), FINGERPRINT)
+    return CacheKeys(content_hashes(content, splits, _crops(batch, rows)), FINGERPRINT)
 
 
 def content_keys(image: object, split: str | Sequence[str]) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ def content_keys(image: object, split: str | Sequence[str]) -> tuple[str, ...]:
         ConditionError: `image` is not an array or tensor of rows, or `split` does not fit it.
     """
     splits = [split] * (row_count(image) or 0) if isinstance(split, str) else list(split)
-    return fingerprints(image, splits, [b""] * len(splits))
+    return content_hashes(image, splits, [b""] * len(splits))
 
 
 def split_of(batch: object, rows: int) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from vlmfilm_plugin.errors import ConditionError
 
 
-def fingerprints(image: object, splits: Sequence[str], crops: Sequence[bytes]) -> tuple[str, ...]:
+def content_hashes(image: object, splits: Sequence[str], crops: Sequence[bytes]) -> tuple[str, ...]:
     """Return `split:fp-<32 hex digits>` for each row of an image: equal content and crop give equal keys, at any position.
 
     Args:

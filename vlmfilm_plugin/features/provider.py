@@ -65,7 +65,7 @@ class CacheStats:
         return f"total={self.total} hit={self.hit} miss={self.miss} hit_rate={self.hit_rate:.4f} mem_hit={self.mem_hit} disk_hit={self.disk_hit}"
 
 
-class FeatureSource:
+class FeatureProvider:
     """Give the features of images, encoding only what neither memory nor the store holds.
 
     A deepcopy is the same object: a copied model shares its source and never copies an encoder.
@@ -87,20 +87,20 @@ class FeatureSource:
         self._lock = threading.RLock()
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> FeatureSource:
+    def from_settings(cls, settings: Settings) -> FeatureProvider:
         """Build encoder and store from settings; no weights are read."""
         store = FeatureStore(settings.cache_dir, settings.embedding_dtype)
         source = cls(build_encoder(settings), store, on_missing=settings.on_missing_feature, dataset_root=settings.dataset_root)
         source._settings = settings
         return source
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> FeatureSource:
+    def __deepcopy__(self, memo: dict[int, Any]) -> FeatureProvider:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._settings is None:
-            raise TypeError("a FeatureSource that was not built from settings cannot be pickled")
-        return FeatureSource.from_settings, (self._settings,)
+            raise TypeError("a FeatureProvider that was not built from settings cannot be pickled")
+        return FeatureProvider.from_settings, (self._settings,)
 
     def samples_of(self, batch: Any, image: Tensor, value_range: tuple[float, float], files: Mapping[str, Path | None] | None = None) -> list[Sample]:
         """Return the samples of a batch.

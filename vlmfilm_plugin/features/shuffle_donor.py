@@ -11,25 +11,25 @@ from torch import Tensor
 
 from vlmfilm_plugin.features.cache_key import cache_keys
 from vlmfilm_plugin.features.store.store import SourceStamp
-from vlmfilm_plugin.features.provider import FeatureSource, Sample, stack
+from vlmfilm_plugin.features.provider import FeatureProvider, Sample, stack
 from vlmfilm_plugin.features.images import read_image
 
 # Key and feature (F,) of another image.
-Partner = tuple[str, Tensor]
+Donor = tuple[str, Tensor]
 
 
-class Partners:
+class ShuffleDonors:
     """Draw partners for the images of one source of features.
 
     From the files of the host's data sets, those of the same folder first: then a draw depends on seed and data set alone. Where the
     host's data sets are not known, from what the store holds at the first draw. Another image has other bytes, whatever its key.
     """
 
-    def __init__(self, source: FeatureSource) -> None:
+    def __init__(self, source: FeatureProvider) -> None:
         self._source = source
         self._pool: list[str] | None = None
 
-    def draw(self, sample: Sample, seed: int, files: Mapping[str, Path | None]) -> Partner | None:
+    def draw(self, sample: Sample, seed: int, files: Mapping[str, Path | None]) -> Donor | None:
         """Return a partner of `sample`; None where no other image is known.
 
         Args:
@@ -45,7 +45,7 @@ class Partners:
             return self._first_file(alike, digest)
         return self._first_stored(sample, digest, order)
 
-    def _first_file(self, files: list[tuple[str, Path]], digest: str | None) -> Partner | None:
+    def _first_file(self, files: list[tuple[str, Path]], digest: str | None) -> Donor | None:
         for name, path in files:
             if SourceStamp.of(path).digest != digest:
                 key = cache_keys({"name": [name]}, 1, dataset_root=self._source.dataset_root).keys[0]
@@ -53,7 +53,7 @@ class Partners:
                 return key, self._source.get([other])[0]
         return None
 
-    def _first_stored(self, sample: Sample, digest: str | None, order: random.Random) -> Partner | None:
+    def _first_stored(self, sample: Sample, digest: str | None, order: random.Random) -> Donor | None:
         store, identity = self._source.store, self._source.encoder.identity
         if self._pool is None:
             self._pool = store.keys(identity)

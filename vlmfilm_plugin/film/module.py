@@ -22,7 +22,7 @@ MARKER = f"{ATTRIBUTE}."
 _warned_of_baseline: set[str] = set()
 
 
-class Slot:
+class CompiledInputs:
     """Gamma and beta (R, C, 1, 1) of one block for the forward that runs now: where compiled code finds them.
 
     A compiled block cannot look a frame up in Python; a tensor attribute of a fixed object is an input of its graph.
@@ -35,13 +35,13 @@ class Slot:
         self.is_gated = False
 
     def close(self) -> bool:
-        """Empty the slot at the end of a forward; tell whether compiled code has used it."""
+        """Empty the inputs at the end of a forward; tell whether compiled code has used it."""
         has_run, self.gamma, self.beta, self.has_run = self.has_run, None, None, False
         return has_run
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledInputs:
         # What a forward has left is no part of a copy; a tensor with a graph could not be copied either.
-        memo[id(self)] = copied = Slot()
+        memo[id(self)] = copied = CompiledInputs()
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class FilmModule(nn.Module):
     def __init__(self, architecture: Architecture, mode: str) -> None:
         super().__init__()
         self.architecture, self.mode = architecture, mode
-        self.family = uuid.uuid4().hex
+        self.film_id = uuid.uuid4().hex
         self.is_removed = False
         # A pickled model brings its mode along, into a process that may be asked for another one.
         self.is_unpickled = False
@@ -74,7 +74,7 @@ class FilmModule(nn.Module):
         )
         # An unused parameter stops DDP in the next step.
         self.requires_grad_(mode != "off")
-        self.slots = [Slot() for _ in architecture.stages]
+        self.compiled_inputs = [CompiledInputs() for _ in architecture.stages]
 
     def project(self, features: Tensor) -> Tensor:
         """Project features (B, F) to condition vectors (B, D)."""
@@ -93,7 +93,7 @@ class FilmModule(nn.Module):
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
-    def witnesses(self) -> list[Tensor]:
+    def change_probes(self) -> list[Tensor]:
         """Return small parameters, one of each layer group, that change whenever the weights are changed as a whole."""
         projection = self.text_to_cond.mlp[2] if self.architecture.is_text else self.image_to_cond.proj
         biases: list[Any] = [projection.bias, *(head.mlp[2].bias for head in self.heads)]  # type: ignore[union-attr,index]
@@ -122,8 +122,8 @@ class FilmModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _keep_identity(self, state_dict: dict[str, Any], prefix: str) -> None:
-        if self.family not in _warned_of_baseline:
-            _warned_of_baseline.add(self.family)
+        if self.film_id not in _warned_of_baseline:
+            _warned_of_baseline.add(self.film_id)
             film_logger().warning(
                 "[VLM] WARNING: the checkpoint has no FiLM weights (a plain baseline): "
                 "FiLM starts as the identity, which equals the baseline until it is trained"

@@ -20,14 +20,14 @@ from vlmfilm_plugin.film.architecture import Architecture, Stage
 from vlmfilm_plugin.encoders.base import build_encoder
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
-from vlmfilm_plugin.forward.module_hooks import CloseFrame, ModulateBlock, OpenFrame
+from vlmfilm_plugin.forward.module_hooks import CloseContext, ModulateBlock, OpenContext
 from vlmfilm_plugin.film.freezing import freeze_host
 from vlmfilm_plugin.film.gates import Gate, find_gate
 from vlmfilm_plugin.settings.record import Settings, environment_layers, read_mode, resolve
 from vlmfilm_plugin.film.targets import Target, match_targets, select_stages
 
 if TYPE_CHECKING:
-    from vlmfilm_plugin.features.provider import FeatureSource
+    from vlmfilm_plugin.features.provider import FeatureProvider
 
 DEFAULT_TARGETS: Mapping[str, str] = {"post_block2": "ups.*.1", "post_block1": "ups.*.0"}
 
@@ -44,7 +44,7 @@ class FilmHandle:
     def __init__(self, unet: nn.Module, film: FilmModule, settings: Settings, undo: list[Callable[[], None]]) -> None:
         self.unet, self.film, self.settings = unet, film, settings
         self._undo = undo
-        self._source: FeatureSource | None = None
+        self._source: FeatureProvider | None = None
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -73,7 +73,7 @@ class FilmHandle:
             ConditionError: both or neither were given, or, in the forward, their number does not fit the rows.
             FeatureError: the features' width is not F, or they hold NaN or infinite values.
         """
-        from vlmfilm_plugin.forward.given_features import ExplicitCondition
+        from vlmfilm_plugin.forward.given_features import GivenFeatures
         from vlmfilm_plugin.features.provider import check_features
 
         if (features is None) == (images is None):
@@ -88,17 +88,17 @@ class FilmHandle:
             )
         if features is None:
             assert images is not None
-            features = self._feature_source().of_images(images)
+            features = self._feature_provider().of_images(images)
         check_features(features, self.feature_dim)
         gate = gate if gate is not None else find_gate(self.settings.spatial_gate, self.settings.origin("spatial_gate"))
-        with conditioning.in_force(ExplicitCondition(self.film.family, features.detach(), gate, step)):
+        with conditioning.in_force(GivenFeatures(self.film.film_id, features.detach(), gate, step)):
             yield
 
-    def _feature_source(self) -> FeatureSource:
-        from vlmfilm_plugin.features.provider import FeatureSource
+    def _feature_provider(self) -> FeatureProvider:
+        from vlmfilm_plugin.features.provider import FeatureProvider
 
         if self._source is None:
-            self._source = FeatureSource.from_settings(self.settings)
+            self._source = FeatureProvider.from_settings(self.settings)
         return self._source
 
     def remove(self) -> None:
@@ -234,8 +234,8 @@ def _mutate(unet: nn.Module, film: FilmModule, condition: str | None) -> list[Ca
     undo.append(take_out)
     modules = dict(unet.named_modules())
     handles = [
-        unet.register_forward_pre_hook(OpenFrame(list(inspect.signature(type(unet).forward).parameters)[1:], condition), with_kwargs=True),
-        unet.register_forward_hook(CloseFrame(), always_call=True),
+        unet.register_forward_pre_hook(OpenContext(list(inspect.signature(type(unet).forward).parameters)[1:], condition), with_kwargs=True),
+        unet.register_forward_hook(CloseContext(), always_call=True),
         *(modules[stage.path].register_forward_hook(ModulateBlock(film, head)) for head, stage in enumerate(film.architecture.stages)),
     ]
     undo.extend(handle.remove for handle in handles)

@@ -41,7 +41,7 @@ class Recorder(Protocol):
 
 
 @dataclass
-class Frame:
+class ForwardContext:
     """The condition of one UNet forward.
 
     Attributes:
@@ -95,11 +95,11 @@ class Frame:
 
     def prepare(self) -> None:
         """Compute gamma and beta of every head, and put them where compiled blocks find them."""
-        for head, slot in enumerate(self.film.slots):
-            slot.gamma, slot.beta = self.gamma_beta(head)
-            slot.is_gated = self.gate is not None
+        for head, inputs in enumerate(self.film.compiled_inputs):
+            inputs.gamma, inputs.beta = self.gamma_beta(head)
+            inputs.is_gated = self.gate is not None
 
-    def recomputing(self) -> Frame:
+    def recomputing(self) -> ForwardContext:
         """Return this frame for a function that autograd may run again: nothing is kept (note 3)."""
         return replace(self, shared=None, own=None)
 
@@ -114,14 +114,14 @@ class Condition(Protocol):
     def serves(self, film: FilmModule) -> bool:
         """Tell whether this condition is meant for the UNet that holds `film`."""
 
-    def open_frame(self, film: FilmModule, x: Tensor, image: Tensor | None) -> Frame:
+    def open_context(self, film: FilmModule, x: Tensor, image: Tensor | None) -> ForwardContext:
         """Return the frame of a forward with input x (R, ...) and condition image (R, C, h, w) or None."""
 
 
 class _Stacks(threading.local):
     def __init__(self) -> None:
         self.conditions: list[Condition] = []
-        self.frames: list[Frame] = []
+        self.contexts: list[ForwardContext] = []
 
 
 _stacks = _Stacks()
@@ -156,28 +156,28 @@ def batch_in_force() -> Condition | None:
     return next((condition for condition in reversed(_stacks.conditions) if condition.is_for_all), None)
 
 
-def push_frame(frame: Frame) -> None:
-    """Open a frame; `pop_frame` of the same UNet closes it."""
-    _stacks.frames.append(frame)
+def push_context(frame: ForwardContext) -> None:
+    """Open a frame; `pop_context` of the same UNet closes it."""
+    _stacks.contexts.append(frame)
 
 
-def pop_frame(film: FilmModule) -> Frame | None:
+def pop_context(film: FilmModule) -> ForwardContext | None:
     """Close the innermost frame of `film` and return it; nothing happens where none is open."""
-    for position in range(len(_stacks.frames) - 1, -1, -1):
-        if _stacks.frames[position].film is film:
-            frame = _stacks.frames[position]
-            del _stacks.frames[position:]
+    for position in range(len(_stacks.contexts) - 1, -1, -1):
+        if _stacks.contexts[position].film is film:
+            frame = _stacks.contexts[position]
+            del _stacks.contexts[position:]
             return frame
     return None
 
 
-def frame_of(film: FilmModule, path: str) -> Frame:
+def context_of(film: FilmModule, path: str) -> ForwardContext:
     """Return the innermost open frame of `film`.
 
     Raises:
         ConditionError: a block ran outside its UNet's forward, or again inside `backward()` without its frame.
     """
-    for frame in reversed(_stacks.frames):
+    for frame in reversed(_stacks.contexts):
         if frame.film is film:
             return frame
     raise ConditionError(
@@ -192,9 +192,9 @@ def frame_of(film: FilmModule, path: str) -> Frame:
 
 def bind(function: Callable[P, R]) -> Callable[P, R]:
     """Return `function` bound to the frames open now: it re-enters them whenever and on whichever thread it runs."""
-    if not _stacks.frames:
+    if not _stacks.contexts:
         return function
-    bound = [frame.recomputing() for frame in _stacks.frames]
+    bound = [frame.recomputing() for frame in _stacks.contexts]
 
     @functools.wraps(function)
     def rerun(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -204,10 +204,10 @@ def bind(function: Callable[P, R]) -> Callable[P, R]:
                 {"expected": "backward() before `handle.remove()`"},
                 "call backward() first",
             )
-        outer, _stacks.frames = _stacks.frames, list(bound)
+        outer, _stacks.contexts = _stacks.contexts, list(bound)
         try:
             return function(*args, **kwargs)
         finally:
-            _stacks.frames = outer
+            _stacks.contexts = outer
 
     return rerun

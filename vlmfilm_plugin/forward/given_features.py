@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vlmfilm_plugin.forward.context import Frame
+from vlmfilm_plugin.forward.context import ForwardContext
 from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.film.gates import Gate, GateView, check_gate
 from vlmfilm_plugin.features.shuffle import exchange, groups_of
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class ExplicitCondition:
-    """The condition that a caller gives by hand: features (B, F), for every UNet of one family (a UNet and its copies)."""
+class GivenFeatures:
+    """The condition that a caller gives by hand: features (B, F), for every UNet of one `film_id` (a UNet and its copies)."""
 
-    family: str
+    film_id: str
     features: Tensor
     gate: Tensor | Gate | None = None
     step: int = 0
@@ -38,11 +38,11 @@ class ExplicitCondition:
         return self.features[rows]
 
     def serves(self, film: FilmModule) -> bool:
-        return film.family == self.family
+        return film.film_id == self.film_id
 
-    def open_frame(self, film: FilmModule, x: Tensor, image: Tensor | None) -> Frame:
+    def open_context(self, film: FilmModule, x: Tensor, image: Tensor | None) -> ForwardContext:
         if film.mode == "off":
-            return Frame(film, None)
+            return ForwardContext(film, None)
         rows, given = x.shape[0], self.features.shape[0]
         if given not in (1, rows):
             raise ConditionError(
@@ -54,4 +54,4 @@ class ExplicitCondition:
         features = features.to(x.device)
         gate = self.gate(GateView(x, image)) if callable(self.gate) else self.gate
         index = None if given == rows else torch.zeros(rows, dtype=torch.long, device=x.device)
-        return Frame(film, features, index, gate=None if gate is None else check_gate(gate, x))
+        return ForwardContext(film, features, index, gate=None if gate is None else check_gate(gate, x))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlmfilm_plugin.forward import context as conditioning
 from vlmfilm_plugin.film.architecture import Stage
-from vlmfilm_plugin.forward.context import Frame
+from vlmfilm_plugin.forward.context import ForwardContext
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
 from vlmfilm_plugin.film.layers import identity_for, modulate
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
@@ -29,7 +29,7 @@ def _uncompiled(function: F) -> F:
     return cast(F, disable(function))
 
 
-class OpenFrame:
+class OpenContext:
     """Forward pre-hook of the UNet.
 
     Args:
@@ -49,11 +49,11 @@ class OpenFrame:
                 frame.prepare()
         except Exception:
             # The closing hook runs all the same: it must close this forward's frame, not that of an outer one.
-            conditioning.push_frame(Frame(film, None))
+            conditioning.push_context(ForwardContext(film, None))
             raise
-        conditioning.push_frame(frame)
+        conditioning.push_context(frame)
 
-    def _frame(self, unet: nn.Module, film: FilmModule, arguments: Mapping[str, Any]) -> Frame:
+    def _frame(self, unet: nn.Module, film: FilmModule, arguments: Mapping[str, Any]) -> ForwardContext:
         mode = os.environ.get(MODE_VARIABLE, film.mode) if film.is_unpickled else film.mode
         if mode != film.mode:
             raise SettingsError(
@@ -63,7 +63,7 @@ class OpenFrame:
             )
         condition = conditioning.condition_for(film)
         if condition is None and film.mode == "off":
-            return Frame(film, None)
+            return ForwardContext(film, None)
         if condition is None:
             raise ConditionError(
                 f"{type(unet).__name__} was called with no condition in force",
@@ -71,17 +71,17 @@ class OpenFrame:
                 "wrap the call: `with vlmfilm_plugin.running_batch(batch, phase=...):` or `with handle.condition(features=...):`",
             )
         name = next((name for name in self.arguments[:1] if name in arguments), next(iter(arguments)))
-        return condition.open_frame(film, arguments[name], arguments.get(self.condition) if self.condition else None)
+        return condition.open_context(film, arguments[name], arguments.get(self.condition) if self.condition else None)
 
 
-class CloseFrame:
+class CloseContext:
     """Forward hook of the UNet; runs when its forward raises, too, then with no output."""
 
     @_uncompiled
     def __call__(self, unet: nn.Module, args: Any, output: Any) -> None:
         film = getattr(unet, ATTRIBUTE)
-        frame = conditioning.pop_frame(film)
-        has_run = [slot.close() for slot in film.slots]
+        frame = conditioning.pop_context(film)
+        has_run = [inputs.close() for inputs in film.compiled_inputs]
         if frame is None or output is None:
             return
         idle = [stage for head, stage in enumerate(film.architecture.stages) if not (has_run[head] or head in frame.ran)]
@@ -102,19 +102,19 @@ class ModulateBlock:
     """Forward hook of a decoder block."""
 
     def __init__(self, film: FilmModule, head: int) -> None:
-        self.film, self.head, self.slot = film, head, film.slots[head]
+        self.film, self.head, self.inputs = film, head, film.compiled_inputs[head]
 
     def __call__(self, block: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if torch.compiler.is_compiling() and not self.slot.is_gated:
-            # A frame cannot be looked up from compiled code; the open frame has left gamma and beta in the slot.
-            self.slot.has_run = True
-            return None if self.film.mode == "off" else modulate(output, self.slot.gamma, self.slot.beta)  # type: ignore[arg-type]
+        if torch.compiler.is_compiling() and not self.inputs.is_gated:
+            # A frame cannot be looked up from compiled code; the open frame has left gamma and beta in the inputs.
+            self.inputs.has_run = True
+            return None if self.film.mode == "off" else modulate(output, self.inputs.gamma, self.inputs.beta)  # type: ignore[arg-type]
         return self._modulate(output)
 
     @_uncompiled
     def _modulate(self, output: Tensor) -> Tensor | None:
         stage = self.film.architecture.stages[self.head]
-        frame = conditioning.frame_of(self.film, stage.path)
+        frame = conditioning.context_of(self.film, stage.path)
         frame.ran.add(self.head)
         if self.film.mode == "off":
             if frame.recorder is not None:
@@ -133,7 +133,7 @@ class ModulateBlock:
         return result
 
 
-def _assert_identity(x: Tensor, stage: Stage, frame: Frame) -> None:
+def _assert_identity(x: Tensor, stage: Stage, frame: ForwardContext) -> None:
     """Check on a logged step that gamma 1 and beta 0 leave x alone to the bit."""
     gamma, beta = identity_for(x)
     y = modulate(x, gamma, beta)

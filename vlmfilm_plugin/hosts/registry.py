@@ -16,7 +16,7 @@ import wrapt
 
 from vlmfilm_plugin import host_spec as hookspecs
 from vlmfilm_plugin.errors import HostError
-from vlmfilm_plugin.host_spec import Config, HostSpec, Listing, Sources, Steps, UNet
+from vlmfilm_plugin.host_spec import Config, HostSpec, Listing, ImageFiles, Steps, UNet
 
 if TYPE_CHECKING:
     from vlmfilm_plugin.run.runtime import Runtime
@@ -97,8 +97,8 @@ def patch_host(module: ModuleType, spec: HostSpec, runtime: Runtime) -> None:
         _once(model, "model", lambda model=model: _patch_model(model, spec.name, runtime))  # type: ignore[misc]
     for config in spec.configs:
         _once(config.cls, f"config {config.method}", lambda config=config: _patch_config(config, runtime))  # type: ignore[misc]
-    for sources in spec.sources:
-        _once(sources.cls, "sources", lambda sources=sources: _patch_sources(sources, runtime))  # type: ignore[misc]
+    for sources in spec.image_files:
+        _once(sources.cls, "sources", lambda sources=sources: _patch_image_files(sources, runtime))  # type: ignore[misc]
     for name in spec.recompute:
         # `from torch.utils import checkpoint` would be a module: its calls are not seen, and a recomputed block then raises.
         function = vars(module).get(name)
@@ -198,10 +198,10 @@ def _patch_config(spec: Config, runtime: Runtime) -> None:
     wrapt.wrap_function_wrapper(spec.cls, spec.method, read)
 
 
-def _patch_sources(spec: Sources, runtime: Runtime) -> None:
+def _patch_image_files(spec: ImageFiles, runtime: Runtime) -> None:
     def init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
         wrapped(*args, **kwargs)
-        runtime.learn_sources(spec.read(instance))
+        runtime.learn_image_files(spec.read(instance))
 
     wrapt.wrap_function_wrapper(spec.cls, "__init__", init)
 

@@ -14,7 +14,7 @@ class Choice:
     rows: Sequence[int] | None
 
 
-class ConditionPolicy:
+class BatchStrategy:
     """Choose the sample that conditions each row of a batch.
 
     `per_sample` conditions every row on itself. `first` and `random` condition a whole training batch on one sample of it, and hold

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlmfilm_plugin.forward.context import Frame
+from vlmfilm_plugin.forward.context import ForwardContext
 from vlmfilm_plugin.run.log_lines import StageRecorder, StepFacts
 from vlmfilm_plugin.errors import ConditionError
-from vlmfilm_plugin.features.provider import CacheStats, FeatureSource, Sample
+from vlmfilm_plugin.features.provider import CacheStats, FeatureProvider, Sample
 from vlmfilm_plugin.film.module import FilmModule
 from vlmfilm_plugin.film.gates import GateView, check_gate, find_gate
 from vlmfilm_plugin.host_spec import RowMap, RowView
@@ -41,8 +41,8 @@ class RunningBatch:
         self._value_range = value_range
         self.image = image_of(batch)
         self._features: dict[Any, Tensor] = {}
-        self._kept: dict[Any, Frame] = {}
-        self._witnesses: dict[int, list[Tensor]] = {}
+        self._kept: dict[Any, ForwardContext] = {}
+        self._change_probes: dict[int, list[Tensor]] = {}
         self._index: dict[Any, Tensor | None] = {}
         self._mapped_condition: Tensor | None = None
         self._recorded: set[str] = set()
@@ -62,20 +62,20 @@ class RunningBatch:
     def serves(self, film: FilmModule) -> bool:
         return True
 
-    def open_frame(self, film: FilmModule, x: Tensor, image: Tensor | None) -> Frame:
+    def open_context(self, film: FilmModule, x: Tensor, image: Tensor | None) -> ForwardContext:
         """Return the frame of a forward; in evaluation what was computed for a batch is kept for all its forwards."""
         if film.mode == "off":
-            return Frame(film, None, recorder=self._recorder(film))
+            return ForwardContext(film, None, recorder=self._recorder(film))
         gate = self._gate(film, x, image)
         index = self._index_of(x, image)
         features = self._features_for(film, x.device)
         if film.training or torch.is_grad_enabled():
-            return Frame(film, features, index, recorder=self._recorder(film), gate=gate)
+            return ForwardContext(film, features, index, recorder=self._recorder(film), gate=gate)
         self._forget_if_changed(film)
         key = (id(film), x.shape[0], x.device, id(index))
         if key not in self._kept:
             shared = next((frame.shared for (owner, *_), frame in self._kept.items() if owner == id(film)), {})
-            self._kept[key] = Frame(film, features, index, shared=shared)
+            self._kept[key] = ForwardContext(film, features, index, shared=shared)
         frame = self._kept[key]
         frame.recorder, frame.gate = self._recorder(film), gate
         frame.ran.clear()
@@ -87,12 +87,12 @@ class RunningBatch:
         A swap through `.data` leaves no trace but the values themselves. On an accelerator they cannot be compared without a
         synchronisation, so nothing is kept there: gamma and beta are a few small kernels a forward.
         """
-        known, now = self._witnesses.get(id(film)), film.witnesses()
+        known, now = self._change_probes.get(id(film)), film.change_probes()
         if now[0].device.type == "cpu" and known is not None and all(map(torch.equal, known, now)):
             return
         for key in [key for key in self._kept if key[0] == id(film)]:
             del self._kept[key]
-        self._witnesses[id(film)] = [witness.detach().clone() for witness in now]
+        self._change_probes[id(film)] = [probe.detach().clone() for probe in now]
 
     def _gate(self, film: FilmModule, x: Tensor, image: Tensor | None) -> Tensor | None:
         settings = self._runtime.settings_of(film)
@@ -102,7 +102,7 @@ class RunningBatch:
     def _recorder(self, film: FilmModule) -> StageRecorder | None:
         if not self._is_logged or film.family in self._recorded:
             return None
-        self._recorded.add(film.family)
+        self._recorded.add(film.film_id)
         facts = self._facts or StepFacts(
             self.phase, self.step, self.epoch, self.batch_idx, self.image.shape[0], film.mode, film.architecture.apply_point, "none"
         )
@@ -137,13 +137,13 @@ class RunningBatch:
 
     def _features_for(self, film: FilmModule, device: torch.device) -> Tensor:
         """Return the features (S, F) of the samples; memory, store and encoder are asked once a batch."""
-        key = (film.architecture.fingerprint, film.family, device)
+        key = (film.architecture.fingerprint, film.film_id, device)
         if key not in self._features:
             self._features[key] = self._look_up(film).to(device, non_blocking=True)
         return self._features[key]
 
     def _look_up(self, film: FilmModule) -> Tensor:
-        runtime, source = self._runtime, self._runtime.source_for(film)
+        runtime, source = self._runtime, self._runtime.provider_for(film)
         if self.phase == "train":
             source.enter_epoch(self.epoch)
         before = _copy(source.stats)
@@ -151,15 +151,15 @@ class RunningBatch:
         keys = [sample.key for sample in samples]
         if not all(sample.path for sample in samples):
             runtime.warn_of_tensors(self.phase)
-        policy, is_train = runtime.policy_for(film), self.phase == "train"
-        choice = policy.choose(keys, self.step, is_train)
+        strategy, is_train = runtime.strategy_for(film), self.phase == "train"
+        choice = strategy.choose(keys, self.step, is_train)
         if choice.rows is None:
             features = runtime.held(film).expand(len(samples), -1)
-            used = [policy.held_key or ""] * len(samples)
+            used = [strategy.held_key or ""] * len(samples)
         else:
             chosen = [samples[row] for row in choice.rows]
             features = source.get(chosen)
-            if is_train and policy.batch_strategy != "per_sample":
+            if is_train and strategy.batch_strategy != "per_sample":
                 runtime.hold(film, features[:1].clone())
             used = [sample.key for sample in chosen]
         permutation: list[int] | None = None
@@ -182,14 +182,14 @@ class RunningBatch:
         )
         return features
 
-    def _shuffle(self, source: FeatureSource, samples: list[Sample], keys: list[str], features: Tensor) -> tuple[Tensor, list[int]]:
+    def _shuffle(self, source: FeatureProvider, samples: list[Sample], keys: list[str], features: Tensor) -> tuple[Tensor, list[int]]:
         """Return features of other images: permuted by the step alone, or, where all rows have one image's, another's from the store."""
         step = self.step or 0
         permutation = exchange(keys, step)
         if permutation is not None:
             self._runtime.diagnostics.shuffled(self.phase, self.epoch, permutation)
             return features[permutation], permutation
-        drawn = self._runtime.partners_for(source).draw(samples[0], step * 1_000_003 + (self.batch_idx or 0), self._runtime.files)
+        drawn = self._runtime.donors_for(source).draw(samples[0], step * 1_000_003 + (self.batch_idx or 0), self._runtime.files)
         if drawn is None:
             raise ConditionError(
                 "cannot shuffle a batch of one image: the store holds no other image's feature",

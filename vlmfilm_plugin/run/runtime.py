@@ -19,13 +19,13 @@ from vlmfilm_plugin.forward.attach import FilmHandle, install
 from vlmfilm_plugin.run.running_batch import RunningBatch
 from vlmfilm_plugin.run.log_lines import Diagnostics
 from vlmfilm_plugin.errors import ConditionError, EncoderError, HostError, SettingsError
-from vlmfilm_plugin.features.provider import FeatureSource
+from vlmfilm_plugin.features.provider import FeatureProvider
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule, film_modules
 from vlmfilm_plugin.film.freezing import freeze_host, keep_trainable
 from vlmfilm_plugin.host_spec import PHASES, RowMap, UNet, same_rows
 from vlmfilm_plugin.log import film_logger
-from vlmfilm_plugin.features.shuffle_donor import Partners
-from vlmfilm_plugin.run.batch_strategy import ConditionPolicy
+from vlmfilm_plugin.features.shuffle_donor import ShuffleDonors
+from vlmfilm_plugin.run.batch_strategy import BatchStrategy
 from vlmfilm_plugin.settings.record import MODE_VARIABLE, Layer, Settings, environment_layers, refuse_changed_mode, resolve
 
 
@@ -42,12 +42,12 @@ class Runtime:
         self.mode, self._environ, self._base_dir = mode, dict(environ), base_dir
         self._host_layers: list[Layer] = []
         self._facts: ckpt.CheckpointFacts | None = None
-        self._sources: dict[tuple[str | None, ...], FeatureSource] = {}
-        self._partners: dict[FeatureSource, Partners] = {}
-        self._policies: WeakKeyDictionary[FilmModule, ConditionPolicy] = WeakKeyDictionary()
+        self._sources: dict[tuple[str | None, ...], FeatureProvider] = {}
+        self._partners: dict[FeatureProvider, ShuffleDonors] = {}
+        self._strategies: WeakKeyDictionary[FilmModule, BatchStrategy] = WeakKeyDictionary()
         self._held: WeakKeyDictionary[FilmModule, Tensor] = WeakKeyDictionary()
         self._counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-        # By family: a UNet and its copies. A process may load several checkpoints, each with settings of its own.
+        # By `film_id`: a UNet and its copies. A process may load several checkpoints, each with settings of its own.
         self._settings_by_family: dict[str, Settings] = {}
         self._warned_of_tensors: set[str] = set()
         self._settings: Settings | None = None
@@ -116,7 +116,7 @@ class Runtime:
             refuse_changed_mode(self._environ[MODE_VARIABLE])
         handle = install(unet, settings, self.mode, targets=spec.targets, channels=spec.channels, condition=spec.condition)
         self.attached += 1
-        self._settings_by_family[handle.film.family] = settings
+        self._settings_by_family[handle.film.film_id] = settings
         stages = ", ".join(f"{stage.index} ({stage.path}, {stage.channels})" for stage in handle.stages)
         film_logger().info(
             "[VLM] FiLM attached: mode=%s encoder=%s unet=%s apply_point=%s stages=%s",
@@ -146,7 +146,7 @@ class Runtime:
             f"choose an architecture with a MedSegDiff-style UNet, or unset {MODE_VARIABLE} for a plain run",
         )
 
-    def learn_sources(self, pairs: Iterable[tuple[str, str]]) -> None:
+    def learn_image_files(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Note the untouched file behind each name; a name that stands for two files stands for neither from then on."""
         for name, path in pairs:
             known = self.files.setdefault(name, Path(path))
@@ -223,7 +223,7 @@ class Runtime:
             cost,
         )
 
-    def source_for(self, film: FilmModule) -> FeatureSource:
+    def provider_for(self, film: FilmModule) -> FeatureProvider:
         """Return the source of features of this FiLM's encoder.
 
         Raises:
@@ -232,7 +232,7 @@ class Runtime:
         settings = self.settings_of(film)
         key = (film.architecture.fingerprint, settings.cache_dir, settings.embedding_dtype, settings.on_missing_feature, settings.dataset_root)
         if key not in self._sources:
-            source = FeatureSource.from_settings(settings)
+            source = FeatureProvider.from_settings(settings)
             found = source.encoder.identity.fingerprint
             if found != film.architecture.fingerprint:
                 raise EncoderError(
@@ -243,27 +243,27 @@ class Runtime:
             self._sources[key] = source
         return self._sources[key]
 
-    def partners_for(self, source: FeatureSource) -> Partners:
+    def donors_for(self, source: FeatureProvider) -> ShuffleDonors:
         """Return what draws partners for images that are alone in their batch."""
         if source not in self._partners:
-            self._partners[source] = Partners(source)
+            self._partners[source] = ShuffleDonors(source)
         return self._partners[source]
 
     def settings_of(self, film: FilmModule) -> Settings:
         """Return the settings that a UNet's FiLM was built with; those of this run for one that came by another way (unpickled)."""
-        return self._settings_by_family.get(film.family, self.settings)
+        return self._settings_by_family.get(film.film_id, self.settings)
 
-    def policy_for(self, film: FilmModule) -> ConditionPolicy:
-        """Return the policy that chooses what this UNet's batches are conditioned on."""
-        if film not in self._policies:
+    def strategy_for(self, film: FilmModule) -> BatchStrategy:
+        """Return the strategy that chooses what this UNet's batches are conditioned on."""
+        if film not in self._strategies:
             s = self.settings_of(film)
-            self._policies[film] = ConditionPolicy(s.batch_strategy, s.reuse_policy, s.update_interval_steps_train)
-        return self._policies[film]
+            self._strategies[film] = BatchStrategy(s.batch_strategy, s.reuse_policy, s.update_interval_steps_train)
+        return self._strategies[film]
 
     def hold(self, film: FilmModule, features: Tensor) -> None:
-        """Keep the feature (1, F) that a policy holds over steps."""
+        """Keep the feature (1, F) that a strategy holds over steps."""
         self._held[film] = features
 
     def held(self, film: FilmModule) -> Tensor:
-        """Return the feature (1, F) that a policy holds."""
+        """Return the feature (1, F) that a strategy holds."""
         return self._held[film]

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from vlmfilm_plugin.features.cache_key import cache_keys
 from vlmfilm_plugin.run.log_lines import statistics
 from vlmfilm_plugin.errors import ConditionError, FeatureError
-from vlmfilm_plugin.features.provider import FeatureSource
+from vlmfilm_plugin.features.provider import FeatureProvider
 from vlmfilm_plugin.film.layers import ImageToConditionVector, TextToConditionVector, identity_for, modulate
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.features.shuffle import exchange, groups_of, permutation_hash
-from vlmfilm_plugin.run.batch_strategy import ConditionPolicy
+from vlmfilm_plugin.run.batch_strategy import BatchStrategy
 from vlmfilm_plugin.settings.record import read_mode, resolve
 
 
@@ -67,10 +67,10 @@ class VLMConditioner(nn.Module):
         self.settings = resolve([("argument", given)])
         if not enabled:
             return
-        self._source = FeatureSource.from_settings(self.settings)
-        self._prompted: dict[str, FeatureSource] = {}
+        self._source = FeatureProvider.from_settings(self.settings)
+        self._prompted: dict[str, FeatureProvider] = {}
         # By prompt: what is held for one prompt says nothing of another.
-        self._policies: dict[str | None, ConditionPolicy] = {}
+        self._strategies: dict[str | None, BatchStrategy] = {}
         self._held: dict[str | None, Tensor] = {}
         feature_dim = self._source.encoder.feature_dim
         if use_text_prompt_cond:
@@ -110,9 +110,9 @@ class VLMConditioner(nn.Module):
             facts = {"shape": tuple(image.shape), "expected": "(B, C, H, W)"}
             raise ConditionError("cannot condition on this tensor", facts, "add the batch dimension")
         keys, key_source = self._keys(image, image_id, batch)
-        s, source = self.settings, self._source_for(prompt)
-        policy = self._policies.setdefault(prompt, ConditionPolicy(s.batch_strategy, s.reuse_policy, s.update_interval_steps_train))
-        choice = policy.choose(keys, global_step, is_train)
+        s, source = self.settings, self._provider_for(prompt)
+        strategy = self._strategies.setdefault(prompt, BatchStrategy(s.batch_strategy, s.reuse_policy, s.update_interval_steps_train))
+        choice = strategy.choose(keys, global_step, is_train)
         if choice.rows is None:
             features = self._held[prompt].expand(len(keys), -1)
         else:
@@ -139,12 +139,12 @@ class VLMConditioner(nn.Module):
             )
         return list(found.keys), found.source
 
-    def _source_for(self, prompt: str | None) -> FeatureSource:
+    def _provider_for(self, prompt: str | None) -> FeatureProvider:
         if prompt is None or not self.settings.use_text_prompt_cond:
             return self._source
         if prompt not in self._prompted:
             given = {**self.settings.as_dict(), "prompt_template": prompt}
-            self._prompted[prompt] = FeatureSource.from_settings(resolve([("argument", given)]))
+            self._prompted[prompt] = FeatureProvider.from_settings(resolve([("argument", given)]))
         return self._prompted[prompt]
 
 

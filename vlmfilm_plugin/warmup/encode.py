@@ -19,7 +19,7 @@ from PIL import Image
 from vlmfilm_plugin.checkpoints import metadata as ckpt
 from vlmfilm_plugin.errors import EncoderError, FeatureError, ImageReadError, VlmFilmError
 from vlmfilm_plugin.features.store.store import SourceStamp
-from vlmfilm_plugin.features.provider import FeatureSource, Sample
+from vlmfilm_plugin.features.provider import FeatureProvider, Sample
 from vlmfilm_plugin.settings.record import Layer, Settings, environment_layers, resolve
 from vlmfilm_plugin.warmup.processes import Ranks, WarmupProgress, WarmupReport
 from vlmfilm_plugin.warmup.image_list import Plan, read_plan, samples_of
@@ -86,7 +86,7 @@ def warm_up(
     if (device := ranks.device(resolved.device_map)) is not None:
         resolved = replace(resolved, device_map=device)
     samples, clashes = samples_of(plan, resolved.dataset_root)
-    features = FeatureSource.from_settings(resolved)
+    features = FeatureProvider.from_settings(resolved)
     mine = ranks.share(samples)
     with features.store, WarmupProgress(ranks, len(mine), show_progress) as progress:
         report = _Warmup(features, batch_size, readers or min(8, os.cpu_count() or 1), progress).run(mine)
@@ -106,7 +106,7 @@ def _settings(plan: Plan, given: Mapping[str, object]) -> Settings:
 class _Warmup:
     """One process's share of a warm-up."""
 
-    def __init__(self, source: FeatureSource, batch_size: int, readers: int, progress: WarmupProgress) -> None:
+    def __init__(self, source: FeatureProvider, batch_size: int, readers: int, progress: WarmupProgress) -> None:
         self._source, self._batch_size, self._progress = source, batch_size, progress
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="vlmfilm-read")
         self._report = WarmupReport(stores=[str(source.store.path)])

@@ -22,7 +22,7 @@ from vlmfilm_plugin.errors import FeatureError, ImageReadError, StoreError
 from vlmfilm_plugin.features.store.sqlite_file import FILE_NAME, StoreFile, transaction
 
 if TYPE_CHECKING:
-    from vlmfilm_plugin.encoders.base import Identity
+    from vlmfilm_plugin.encoders.base import EncoderIdentity
 
 Row = tuple[Any, ...]
 
@@ -111,7 +111,7 @@ class FeatureStore:
         # A spawned data-loader worker opens the file for itself.
         return type(self), (str(self.path.parent), self.embedding_dtype)
 
-    def read(self, identity: Identity, keys: Sequence[str]) -> dict[str, StoredFeature]:
+    def read(self, identity: EncoderIdentity, keys: Sequence[str]) -> dict[str, StoredFeature]:
         """Return the stored features among `keys`, by key.
 
         A damaged row is left out with a warning; one that was stored as float16 is left out where float32 is asked for.
@@ -139,7 +139,7 @@ class FeatureStore:
                     found[raw[row[0]]] = StoredFeature(raw[row[0]], feature, stamp_of(row), row[9])
         return found
 
-    def write(self, identity: Identity, rows: Iterable[StoredFeature]) -> None:
+    def write(self, identity: EncoderIdentity, rows: Iterable[StoredFeature]) -> None:
         """Store features in one transaction: all of them, or none. A key that exists is replaced.
 
         Raises:
@@ -153,14 +153,14 @@ class FeatureStore:
             facts = json.dumps(dict(identity.facts), sort_keys=True, default=str)
             insert_rows(connection, identity.fingerprint, facts, encoded)
 
-    def keys(self, identity: Identity) -> list[str]:
+    def keys(self, identity: EncoderIdentity) -> list[str]:
         """Return the keys stored for an identity, sorted."""
         with self._file.use("read") as connection:
             statement = "SELECT key FROM features WHERE namespace = (SELECT id FROM namespaces WHERE fingerprint = ?)"
             rows = connection.execute(statement, (identity.fingerprint,)).fetchall()
         return sorted(key_to_text(key) for (key,) in rows)
 
-    def count(self, identity: Identity) -> int:
+    def count(self, identity: EncoderIdentity) -> int:
         """Return how many features are stored for an identity."""
         with self._file.use("read") as connection:
             statement = "SELECT count(*) FROM features WHERE namespace = (SELECT id FROM namespaces WHERE fingerprint = ?)"
@@ -242,7 +242,7 @@ def checksum(key: bytes, data: bytes, note: str | None) -> int:
 
 
 def is_facts_of(facts: str, fingerprint: str) -> bool:
-    """Tell whether facts as they are stored give this fingerprint (`Identity.fingerprint`)."""
+    """Tell whether facts as they are stored give this fingerprint (`EncoderIdentity.fingerprint`)."""
     return fingerprint.rsplit("-", 1)[-1] == hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
 
 
