@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from vlmfilm_plugin.errors import HostError, SettingsError
-from vlmfilm_plugin.host_spec import Config, HostSpec, Listing, RowView, SourceImage, ImageFiles, Steps, UNet, hookimpl
+from vlmfilm_plugin.host_spec import Config, HostSpec, ImageFiles, Listing, RowView, SourceImage, Steps, UNet, hookimpl
 
 NAME = "sofl-seg"
 # Images are scaled to [-1, 1] by the host's data sets.

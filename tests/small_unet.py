@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlmfilm_plugin.forward import context as conditioning
 from vlmfilm_plugin.film.module import FilmModule
+from vlmfilm_plugin.forward import recompute
 
 Film = Callable[[Tensor, int], Tensor]
 
@@ -41,7 +41,7 @@ class SmallUNet(nn.Module):
             if self.use_reentrant is None:
                 h = block2(h, time)
             else:
-                h = checkpoint(conditioning.bind(block2) if self.is_bound else block2, h, time, use_reentrant=self.use_reentrant)
+                h = checkpoint(recompute.bind(block2) if self.is_bound else block2, h, time, use_reentrant=self.use_reentrant)
             h = up(h + attention(h if film is None else film(h, i))) if film is None else up((y := film(h, i)) + attention(y))
             h = h if i == len(self.ups) - 1 else nn.functional.interpolate(h, scale_factor=2.0)
         return self.final(h)

@@ -125,7 +125,7 @@ def test_the_layers_cover_the_whole_house() -> None:
 @pytest.mark.parametrize(
     ("part", "source"),
     [
-        ("errors", "from vlmfilm_plugin.settings.record import resolve"),
+        ("errors", "from vlmfilm_plugin.settings.layers import resolve"),
         ("settings", "def f():\n    import torch.nn as nn"),
         ("film", "def f():\n    from vlmfilm_plugin import forward"),
         ("film", "class A:\n    def f(self):\n        if x:\n            import vlmfilm_plugin.hosts.registry"),

@@ -26,8 +26,8 @@ from processes import python
 from stand_in import StandIn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vlmfilm_plugin.encoders.base import build_encoder
-from vlmfilm_plugin.settings.record import resolve
+from vlmfilm_plugin.encoders.registry import build_encoder
+from vlmfilm_plugin.settings.layers import resolve
 
 MID = {"depth": 8, "hidden_size": 512, "intermediate_size": 1408, "num_heads": 8, "out_hidden_size": 512, "fullatt_block_indexes": [3, 7]}
 FIRST_STEP = """

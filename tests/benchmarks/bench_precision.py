@@ -17,9 +17,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_qwen import build
 
-from vlmfilm_plugin.encoders.base import build_encoder
+from vlmfilm_plugin.encoders.registry import build_encoder
 from vlmfilm_plugin.features.store.store import FeatureStore, StoredFeature
-from vlmfilm_plugin.settings.record import resolve
+from vlmfilm_plugin.settings.layers import resolve
 
 
 def main() -> None:

@@ -12,13 +12,16 @@ import torch
 from small_unet import SmallUNet, inputs, randomise
 from torch import Tensor, nn
 
-from vlmfilm_plugin.forward.attach import install
-from vlmfilm_plugin.checkpoints.metadata import adapt, facts_of, peek, to_port_layout, write_metadata
-from vlmfilm_plugin.forward.context import in_force
+from vlmfilm_plugin.checkpoints.metadata import adapt, write_metadata
+from vlmfilm_plugin.checkpoints.peek import facts_of, peek
+from vlmfilm_plugin.checkpoints.soft_seg_layout import to_port_layout
 from vlmfilm_plugin.errors import CheckpointError
-from vlmfilm_plugin.forward.given_features import GivenFeatures
 from vlmfilm_plugin.film.module import FilmModule
-from vlmfilm_plugin.settings.record import Settings, resolve
+from vlmfilm_plugin.forward.attach import install
+from vlmfilm_plugin.forward.context import in_force
+from vlmfilm_plugin.forward.given_features import GivenFeatures
+from vlmfilm_plugin.settings.layers import resolve
+from vlmfilm_plugin.settings.record import Settings
 
 FEATURES = 5
 PORT_NAMES = re.compile(

@@ -12,7 +12,8 @@ from small_unet import SmallUNet, randomise
 from torch import nn
 
 from vlmfilm_plugin import CheckpointError, apply_adapter, attach, export_adapter
-from vlmfilm_plugin.checkpoints.metadata import peek, write_metadata
+from vlmfilm_plugin.checkpoints.metadata import write_metadata
+from vlmfilm_plugin.checkpoints.peek import peek
 from vlmfilm_plugin.cli import main
 
 

@@ -14,8 +14,8 @@ from processes import python, succeed
 from vlmfilm_plugin.cli import main
 from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.errors import StoreError
-from vlmfilm_plugin.features.store.store import FeatureStore, SourceStamp, StoredFeature
 from vlmfilm_plugin.features.store.admin import opened, prune
+from vlmfilm_plugin.features.store.store import FeatureStore, SourceStamp, StoredFeature
 
 A, B = EncoderIdentity({"encoder": "aa", "model": "x"}), EncoderIdentity({"encoder": "bb", "model": "y"})
 STAMP = SourceStamp(3, 1_700_000_000_123_456_789, "ab" * 16)

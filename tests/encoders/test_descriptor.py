@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vlmfilm_plugin.encoders.base import Encoder, build_encoder
+from vlmfilm_plugin.encoders.base import Encoder
 from vlmfilm_plugin.encoders.descriptor import FEATURE_DIM, DescriptorEncoder, luminance
-from vlmfilm_plugin.settings.record import resolve
+from vlmfilm_plugin.encoders.registry import build_encoder
+from vlmfilm_plugin.settings.layers import resolve
 
 
 def _noise(seed: int, mean: float = 0.5, size: tuple[int, int] = (64, 64), spread: float = 0.08) -> Image.Image:

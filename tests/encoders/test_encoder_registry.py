@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vlmfilm_plugin.encoders.base import Encoder, build_encoder, encode_annotated
-from vlmfilm_plugin.encoders.base import ENCODERS
+from vlmfilm_plugin.encoders.base import Encoder, encode_annotated
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
+from vlmfilm_plugin.encoders.registry import ENCODERS, build_encoder
 from vlmfilm_plugin.errors import EncoderError, SettingsError, VlmFilmError
-from vlmfilm_plugin.settings.record import Settings, resolve
+from vlmfilm_plugin.settings.layers import resolve
+from vlmfilm_plugin.settings.record import Settings
 
 MODULE = """
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder

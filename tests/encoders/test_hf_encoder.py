@@ -15,11 +15,11 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vlmfilm_plugin.encoders.base import build_encoder
 from vlmfilm_plugin.encoders._pooling import pooled
 from vlmfilm_plugin.encoders.hf import HfEncoder
+from vlmfilm_plugin.encoders.registry import build_encoder
 from vlmfilm_plugin.errors import EncoderError, FeatureError
-from vlmfilm_plugin.settings.record import resolve
+from vlmfilm_plugin.settings.layers import resolve
 
 SIZES = ((64, 64), (200, 90), (56, 112), (33, 47), (64, 64))
 HAS_TWO_PARTS = {"clip", "siglip", "siglip2", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
@@ -244,7 +244,8 @@ def test_pixel_limits_are_refused_where_they_mean_nothing(folders: dict[str, Pat
 
 def test_torchvision_is_never_imported(folders: dict[str, Path]) -> None:
     code = (
-        "import sys; from PIL import Image; from vlmfilm_plugin.settings.record import resolve; from vlmfilm_plugin.encoders.base import build_encoder\n"
+        "import sys; from PIL import Image; from vlmfilm_plugin.settings.layers import resolve\n"
+        "from vlmfilm_plugin.encoders.registry import build_encoder\n"
         "for name in sys.argv[1:]:\n"
         "    e = build_encoder(resolve([('a', {'encoder': 'hf', 'model_name': name})])); e.encode([Image.new('RGB', (64, 64))])\n"
         "sys.exit('torchvision' in sys.modules)"

@@ -13,11 +13,12 @@ from PIL import Image
 from tiny_encoders import noise
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vlmfilm_plugin.encoders.base import AnnotatedEncoder, build_encoder, encode_annotated
 from vlmfilm_plugin.encoders._questions import LETTERS, read_questionnaire, shipped
+from vlmfilm_plugin.encoders.base import AnnotatedEncoder, encode_annotated
 from vlmfilm_plugin.encoders.questionnaire import QuestionnaireEncoder
+from vlmfilm_plugin.encoders.registry import build_encoder
 from vlmfilm_plugin.errors import EncoderError, SettingsError
-from vlmfilm_plugin.settings.record import resolve
+from vlmfilm_plugin.settings.layers import resolve
 
 SIZES = ((64, 64), (200, 90), (30, 30), (64, 64))
 TWO = """

@@ -23,14 +23,16 @@ from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vlmfilm_plugin.encoders import _folder_digest as _digest
-from vlmfilm_plugin.encoders.base import Encoder, build_encoder, encode_annotated
 from vlmfilm_plugin.encoders import _loading as loading
 from vlmfilm_plugin.encoders._folder_digest import folder_digest
 from vlmfilm_plugin.encoders._pooling import image_tokens
 from vlmfilm_plugin.encoders._weights import WeightFiles, find_prefix
+from vlmfilm_plugin.encoders.base import Encoder, encode_annotated
 from vlmfilm_plugin.encoders.qwen2_5_vl import QwenImageEncoder, QwenTextEncoder, QwenVLMTextGenerator
+from vlmfilm_plugin.encoders.registry import build_encoder
 from vlmfilm_plugin.errors import EncoderError, FeatureError, SettingsError
-from vlmfilm_plugin.settings.record import Settings, environment_layers, resolve
+from vlmfilm_plugin.settings.layers import environment_layers, resolve
+from vlmfilm_plugin.settings.record import Settings
 
 SIZES = ((64, 64), (200, 90), (56, 112), (30, 30), (64, 64))
 PROMPT = "Vessels?"
@@ -659,8 +661,8 @@ import sys, json, torch
 import numpy as np
 from PIL import Image
 import huggingface_hub
-from vlmfilm_plugin.encoders.base import build_encoder
-from vlmfilm_plugin.settings.record import resolve
+from vlmfilm_plugin.encoders.registry import build_encoder
+from vlmfilm_plugin.settings.layers import resolve
 asked, real = [], huggingface_hub.hf_hub_download
 def recording(repo, name, **options):
     if "config" not in name:
@@ -740,7 +742,8 @@ def test_the_generator_fails_at_first_use_and_bad_values_at_once() -> None:
 
 def test_torchvision_is_never_imported(tiny_qwen: Path) -> None:
     code = (
-        "import sys; from PIL import Image; from vlmfilm_plugin.settings.record import resolve; from vlmfilm_plugin.encoders.base import build_encoder;"
+        "import sys; from PIL import Image; from vlmfilm_plugin.settings.layers import resolve\n"
+        "from vlmfilm_plugin.encoders.registry import build_encoder;"
         "e = build_encoder(resolve([('a', {'model_name': sys.argv[1], 'use_text_prompt_cond': True, 'max_new_tokens': 2})]));"
         "e.encode([Image.new('RGB', (56, 56))]); sys.exit('torchvision' in sys.modules)"
     )

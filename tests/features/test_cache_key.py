@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmfilm_plugin.features.cache_key import CacheKeys, cache_keys, content_keys, source_paths, split_of
 from vlmfilm_plugin.errors import ConditionError
+from vlmfilm_plugin.features.batch_names import source_paths, split_of
+from vlmfilm_plugin.features.cache_key import CacheKeys, cache_keys, content_keys
 
 IMAGE = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).reshape(2, 3, 4, 4)
 

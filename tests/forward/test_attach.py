@@ -17,8 +17,6 @@ from small_unet import SmallUNet, inputs, randomise
 from torch import Tensor, nn
 
 import vlmfilm_plugin.film.module as film_module
-from vlmfilm_plugin.forward import context as conditioning
-from vlmfilm_plugin.forward.attach import FilmHandle, attach
 from vlmfilm_plugin.errors import (
     CheckpointError,
     ConditionError,
@@ -30,6 +28,9 @@ from vlmfilm_plugin.errors import (
     TargetMatchError,
     VlmFilmError,
 )
+from vlmfilm_plugin.forward import context as conditioning
+from vlmfilm_plugin.forward.attach import attach
+from vlmfilm_plugin.forward.handle import FilmHandle
 
 FEATURES = 5
 SMALL = {"cond_dim": 4, "text_mlp_hidden_dim": 6}
@@ -41,7 +42,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
     yield
-    conditioning._stacks.contexts, conditioning._stacks.conditions = [], []
+    conditioning.stacks.contexts, conditioning.stacks.conditions = [], []
 
 
 def build(
@@ -260,7 +261,7 @@ def test_a_row_mismatch_is_refused(given: int) -> None:
     handle = build()
     with pytest.raises(ConditionError):
         call(handle, features(given))
-    assert not conditioning._stacks.contexts
+    assert not conditioning.stacks.contexts
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -291,7 +292,7 @@ def test_no_condition_in_force_is_refused_also_after_one_was() -> None:
     call(handle)
     with pytest.raises(ConditionError, match="no condition in force"):
         handle.unet(*inputs(3))
-    assert not conditioning._stacks.contexts
+    assert not conditioning.stacks.contexts
 
 
 def test_half_and_double_features_are_taken() -> None:
@@ -352,7 +353,7 @@ def test_images_that_cannot_be_used_are_refused_by_our_own_errors(described: Fil
     with pytest.raises(VlmFilmError) as caught, described.condition(images=images):
         pass
     assert not images or isinstance(caught.value, ImageReadError)
-    assert not conditioning._stacks.conditions
+    assert not conditioning.stacks.conditions
 
 
 def test_the_encoder_is_in_no_state_dict_copy_or_pickle_of_the_unet(described: FilmHandle) -> None:
@@ -407,7 +408,7 @@ def test_a_head_that_does_not_fit_the_output_names_both_shapes() -> None:
     with pytest.raises(ConditionError) as caught:
         call(handle)
     assert caught.value.facts["output"][1] == 3
-    assert not conditioning._stacks.contexts
+    assert not conditioning.stacks.contexts
 
 
 # Copies

@@ -13,9 +13,11 @@ from small_unet import SmallUNet, inputs, randomise
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmfilm_plugin.forward import context as conditioning
-from vlmfilm_plugin.forward.attach import FilmHandle, attach
 from vlmfilm_plugin.errors import ConditionError
+from vlmfilm_plugin.forward import context as conditioning
+from vlmfilm_plugin.forward import recompute
+from vlmfilm_plugin.forward.attach import attach
+from vlmfilm_plugin.forward.handle import FilmHandle
 
 FEATURES = 5
 BOTH = pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
@@ -26,8 +28,8 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("VLM_FILM_MODE", raising=False)
     torch.manual_seed(0)
     yield
-    left = len(conditioning._stacks.contexts), len(conditioning._stacks.conditions)
-    conditioning._stacks.contexts, conditioning._stacks.conditions = [], []
+    left = len(conditioning.stacks.contexts), len(conditioning.stacks.conditions)
+    conditioning.stacks.contexts, conditioning.stacks.conditions = [], []
     assert left == (0, 0)
 
 
@@ -186,9 +188,9 @@ def test_a_unet_called_inside_its_own_forward_keeps_both_frames() -> None:
     expected = [call(handle, 1), call(handle, 2)]
 
     def inner() -> None:
-        condition = conditioning._stacks.conditions.pop()
+        condition = conditioning.stacks.conditions.pop()
         nested.append(call(handle, 2))
-        conditioning._stacks.conditions.append(condition)
+        conditioning.stacks.conditions.append(condition)
 
     nest(handle, inner)
     assert torch.equal(call(handle, 1), expected[0])
@@ -202,7 +204,7 @@ def test_a_refused_inner_call_of_the_same_unet_does_not_close_the_outer_frame() 
     def inner() -> None:
         with pytest.raises(ConditionError):
             handle.unet(*inputs(2, dtype=torch.float64))
-        seen.append(len(conditioning._stacks.contexts))
+        seen.append(len(conditioning.stacks.contexts))
 
     nest(handle, inner)
     assert torch.equal(call(handle, 1), expected)
@@ -219,7 +221,7 @@ def test_an_exception_inside_forward_leaves_no_frame_open() -> None:
     hook = handle.unet.ups[1][0].register_forward_hook(fail)
     with pytest.raises(KeyError):
         call(handle, 1)
-    assert not conditioning._stacks.contexts
+    assert not conditioning.stacks.contexts
     with pytest.raises(ConditionError):
         handle.unet.ups[0][1](torch.zeros(1, 6, 4, 4, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
     hook.remove()
@@ -237,7 +239,7 @@ def test_an_exception_inside_a_recomputed_block_restores_the_stack(use_reentrant
     hook = handle.unet.ups[0][1].register_forward_pre_hook(fail)
     with pytest.raises(KeyError):
         loss.backward()
-    assert not conditioning._stacks.contexts
+    assert not conditioning.stacks.contexts
     hook.remove()
     call(handle, 1).sum().backward()
 
@@ -246,7 +248,7 @@ def test_an_error_in_the_condition_itself_leaves_nothing_open() -> None:
     handle = film_unet(None)
     with pytest.raises(ConditionError), handle.condition(features=features(2, 0)):
         handle.unet(*inputs(3, dtype=torch.float64))
-    assert not conditioning._stacks.contexts
+    assert not conditioning.stacks.contexts
 
 
 def test_a_block_called_outside_a_forward_raises_also_inside_a_condition() -> None:
@@ -298,7 +300,7 @@ def test_a_condition_is_taken_out_when_the_block_raises() -> None:
     handle = film_unet(None)
     with pytest.raises(KeyError), handle.condition(features=features(1, 1)):
         raise KeyError
-    assert not conditioning._stacks.conditions
+    assert not conditioning.stacks.conditions
 
 
 def test_threads_have_conditions_of_their_own() -> None:
@@ -348,7 +350,7 @@ def test_a_condition_does_not_reach_another_thread() -> None:
 def test_bind_without_an_open_frame_is_the_function_itself() -> None:
     def function() -> None: ...
 
-    assert conditioning.bind(function) is function
+    assert recompute.bind(function) is function
 
 
 def test_a_bound_function_restores_the_frames_around_it_and_keeps_its_name() -> None:
@@ -357,9 +359,9 @@ def test_a_bound_function_restores_the_frames_around_it_and_keeps_its_name() -> 
 
     def frames() -> list[conditioning.ForwardContext]:
         """Frames now."""
-        return list(conditioning._stacks.contexts)
+        return list(conditioning.stacks.contexts)
 
-    hook = handle.unet.ups[0][0].register_forward_hook(lambda *_: bound.append(conditioning.bind(frames)))
+    hook = handle.unet.ups[0][0].register_forward_hook(lambda *_: bound.append(recompute.bind(frames)))
     call(handle, 1)
     hook.remove()
     assert [frame.film for frame in bound[0]()] == [handle.film]

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from vlmfilm_plugin.hooks import med_seg_diff_pytorch, sofl_seg
 
 from vlmfilm_plugin import hookimpl
-from vlmfilm_plugin.forward import context as conditioning
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError, VlmFilmError
 from vlmfilm_plugin.film.module import film_modules
-from vlmfilm_plugin.host_spec import Config, HostSpec, RowView, ImageFiles, Steps, UNet, same_rows
-from vlmfilm_plugin.hosts.registry import AdapterRegistry, patch_host
+from vlmfilm_plugin.forward import context as conditioning
+from vlmfilm_plugin.host_spec import Config, HostSpec, ImageFiles, RowView, Steps, UNet, same_rows
+from vlmfilm_plugin.hosts.patches import patch_host
+from vlmfilm_plugin.hosts.registry import AdapterRegistry
 from vlmfilm_plugin.run.runtime import Runtime
 
 TARGETS = {"post_block2": "ups.*.1", "post_block1": "ups.*.0"}
@@ -32,7 +33,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("VLM_FILM_MODE", raising=False)
     torch.manual_seed(0)
     yield
-    conditioning._stacks.contexts, conditioning._stacks.conditions = [], []
+    conditioning.stacks.contexts, conditioning.stacks.conditions = [], []
     for name in [name for name in sys.modules if name.startswith("third_party_")]:
         del sys.modules[name]
 
@@ -214,7 +215,7 @@ def test_rows_that_repeat_a_sample_get_that_samples_condition(tmp_path: Path) ->
     model = host.Model().eval()
     randomise(model.net.vlm_film)
     seen: list[Tensor] = []
-    model.net.register_forward_hook(lambda module, args, output: seen.append(conditioning._stacks.contexts[-1].index), prepend=True)
+    model.net.register_forward_hook(lambda module, args, output: seen.append(conditioning.stacks.contexts[-1].index), prepend=True)
     model.training_step(batch(), patches=2)
     assert seen[0].tolist() == [0, 0, 1, 1, 2, 2]
 
@@ -230,7 +231,7 @@ def test_a_step_that_raises_takes_its_condition_back(tmp_path: Path) -> None:
     model = host.Model()
     with pytest.raises(TypeError):
         model.training_step(batch(), patches="two")
-    assert not conditioning._stacks.conditions
+    assert not conditioning.stacks.conditions
 
 
 @pytest.mark.parametrize("bad", [None, [1], {"img": 1}, {"image": torch.zeros(1, 8, 8)}, (torch.zeros(1, 1, 8, 8),)])
@@ -284,7 +285,7 @@ def test_a_validation_between_two_steps_does_not_replace_what_training_holds(str
 def test_first_conditions_every_row_on_the_first_sample_and_evaluation_on_each(tmp_path: Path) -> None:
     host, _ = patched(tmp_path, BATCH_STRATEGY="first")
     model, frames = host.Model(), []
-    model.net.register_forward_hook(lambda *_: frames.append(conditioning._stacks.contexts[-1].features), prepend=True)
+    model.net.register_forward_hook(lambda *_: frames.append(conditioning.stacks.contexts[-1].features), prepend=True)
     model.training_step(batch())
     with torch.no_grad():
         for seed in (1, 2):

@@ -13,9 +13,10 @@ from processes import DEMO_HOST, SCENARIO, python, verdicts_of
 from small_unet import SmallUNet, inputs, randomise
 from torch import Tensor, nn
 
-from vlmfilm_plugin.forward import context as conditioning
-from vlmfilm_plugin.forward.attach import FilmHandle, attach
 from vlmfilm_plugin.errors import ConditionError, HostError, VlmFilmError
+from vlmfilm_plugin.forward import context as conditioning
+from vlmfilm_plugin.forward.attach import attach
+from vlmfilm_plugin.forward.handle import FilmHandle
 
 SETTINGS = {"VLM_FILM_ENCODER": "descriptor", "VLM_FILM_COND_DIM": "16", "VLM_FILM_TEXT_MLP_HIDDEN_DIM": "16"}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
@@ -56,7 +57,7 @@ def test_hooks_and_state_do_not_pile_up_over_many_attachments() -> None:
         output(handle)
         handle.remove()
         assert hooks_of(unet) == before == {} and list(unet.state_dict()) == keys
-    assert not conditioning._stacks.contexts and not conditioning._stacks.conditions
+    assert not conditioning.stacks.contexts and not conditioning.stacks.conditions
 
 
 def test_attached_again_film_is_fresh_and_may_have_another_shape() -> None:
@@ -107,7 +108,7 @@ def test_removed_inside_a_condition_or_by_a_failing_block_nothing_is_left() -> N
         unet(*inputs(3))
     with pytest.raises(KeyError), film_on(unet) as again, again.condition(features=features()):
         raise KeyError
-    assert hooks_of(unet) == {} and not conditioning._stacks.contexts and not conditioning._stacks.conditions
+    assert hooks_of(unet) == {} and not conditioning.stacks.contexts and not conditioning.stacks.conditions
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
@@ -345,7 +346,7 @@ def two_hosts(mode):
                     assert not torch.allclose(x, y, atol=1e-3)
                     torch.testing.assert_close(y, gamma * x + beta, rtol=1e-4, atol=1e-4)
             assert all((p.grad is None) if mode == "off" else float(p.grad.norm()) > 0 for p in film.parameters())
-    assert not conditioning._stacks.contexts and not conditioning._stacks.conditions
+    assert not conditioning.stacks.contexts and not conditioning.stacks.conditions
 
 @scenario
 def two_hosts_on(): two_hosts("on")

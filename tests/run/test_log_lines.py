@@ -13,12 +13,13 @@ import torch
 from small_unet import SmallUNet, inputs, randomise
 from torch import Tensor, nn
 
-from vlmfilm_plugin.forward import context as conditioning
-from vlmfilm_plugin.run.log_lines import Diagnostics, StepFacts, statistics
-from vlmfilm_plugin.host_spec import UNet
 from vlmfilm_plugin.features.shuffle import permutation_hash
+from vlmfilm_plugin.film.statistics import statistics
+from vlmfilm_plugin.forward import context as conditioning
+from vlmfilm_plugin.host_spec import UNet
+from vlmfilm_plugin.run.log_lines import Diagnostics, StepFacts
 from vlmfilm_plugin.run.runtime import Runtime
-from vlmfilm_plugin.settings.record import resolve
+from vlmfilm_plugin.settings.layers import resolve
 
 FIELDS = [
     "stage",
@@ -67,7 +68,7 @@ SPEC = UNet(cls=SmallUNet, targets={"post_block2": "ups.*.1", "post_block1": "up
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
     yield
-    conditioning._stacks.contexts, conditioning._stacks.conditions = [], []
+    conditioning.stacks.contexts, conditioning.stacks.conditions = [], []
 
 
 class Owner:

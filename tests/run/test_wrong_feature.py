@@ -19,13 +19,13 @@ from processes import environment
 from small_unet import SmallUNet, inputs, randomise
 
 from vlmfilm_plugin import ConditionError, SettingsError, StoreError, attach
-from vlmfilm_plugin.settings import record as settings
-from vlmfilm_plugin.features.store.store import FeatureStore
 from vlmfilm_plugin.features.provider import FeatureProvider
-from vlmfilm_plugin.host_spec import UNet
 from vlmfilm_plugin.features.shuffle_donor import ShuffleDonors
+from vlmfilm_plugin.features.store.store import FeatureStore
+from vlmfilm_plugin.host_spec import UNet
 from vlmfilm_plugin.run.runtime import Runtime
-from vlmfilm_plugin.settings.record import resolve
+from vlmfilm_plugin.settings import record as settings
+from vlmfilm_plugin.settings.layers import resolve
 
 UNET = UNet(cls=SmallUNet, targets={"post_block2": "ups.*.1"})
 IMAGE = torch.zeros(1, 1, 8, 8)

@@ -11,7 +11,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from vlmfilm_plugin.errors import SettingsError
-from vlmfilm_plugin.settings.record import MODES, Settings, environment_layers, read_mode, resolve
+from vlmfilm_plugin.settings.layers import environment_layers, resolve
+from vlmfilm_plugin.settings.mode import MODES, read_mode
+from vlmfilm_plugin.settings.record import Settings
 
 NAMES = sorted(Settings().as_dict())
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import vlmfilm_plugin
-from vlmfilm_plugin.soft_seg.conditioner import VLMConditioner, VLMFiLMConditioner, apply_vlm_film
 from vlmfilm_plugin.errors import ConditionError, FeatureError, SettingsError
 from vlmfilm_plugin.film.layers import AdaptiveFiLMHead
+from vlmfilm_plugin.soft_seg.apply import apply_vlm_film
+from vlmfilm_plugin.soft_seg.conditioner import VLMConditioner, VLMFiLMConditioner
 
 SEED_ARGUMENTS = [
     "enabled",

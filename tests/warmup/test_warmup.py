@@ -23,13 +23,13 @@ from processes import environment, python, run_code, succeed
 from stand_in import SETTINGS, StandIn
 
 from vlmfilm_plugin import warmup_vlm_cache
-from vlmfilm_plugin.warmup import encode as warmup
-from vlmfilm_plugin.warmup import image_list as warmup_sources
 from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
 from vlmfilm_plugin.errors import EncoderError, HostError, SettingsError
-from vlmfilm_plugin.features.store.store import FeatureStore
 from vlmfilm_plugin.features.provider import FeatureProvider, Sample
+from vlmfilm_plugin.features.store.store import FeatureStore
+from vlmfilm_plugin.warmup import encode as warmup
+from vlmfilm_plugin.warmup import image_list as warmup_sources
 from vlmfilm_plugin.warmup.encode import warm_up
 from vlmfilm_plugin.warmup.image_list import read_plan
 

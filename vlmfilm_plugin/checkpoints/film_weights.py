@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfilm_plugin.film.architecture import read_extra_state
-from vlmfilm_plugin.checkpoints.metadata import METADATA, TRAINED_STAGES, to_port_layout
+from vlmfilm_plugin.checkpoints.facts import METADATA, TRAINED_STAGES
+from vlmfilm_plugin.checkpoints.soft_seg_layout import to_port_layout
 from vlmfilm_plugin.errors import CheckpointError
+from vlmfilm_plugin.film.architecture import read_extra_state
 from vlmfilm_plugin.film.module import MARKER
 
 _KEY = "vlmfilm"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmfilm_plugin.errors import StoreError
-from vlmfilm_plugin.settings.record import environment_layers, resolve
+from vlmfilm_plugin.settings.layers import environment_layers, resolve
 
 
 def add_parser(subparsers: Any) -> None:

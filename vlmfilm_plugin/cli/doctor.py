@@ -12,7 +12,8 @@ from typing import Any
 from vlmfilm_plugin import __version__
 from vlmfilm_plugin.errors import VlmFilmError
 from vlmfilm_plugin.host_spec import ENTRY_POINTS
-from vlmfilm_plugin.settings.record import MODE_VARIABLE, environment_layers, read_mode, resolve
+from vlmfilm_plugin.settings.layers import environment_layers, resolve
+from vlmfilm_plugin.settings.mode import MODE_VARIABLE, read_mode
 
 _PACKAGES = ("torch", "transformers", "accelerate", "wrapt", "pluggy")
 

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from vlmfilm_plugin.errors import SettingsError
-from vlmfilm_plugin.settings.record import MODE_VARIABLE, MODES, read_mode
+from vlmfilm_plugin.settings.mode import MODE_VARIABLE, MODES, read_mode
 
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 

@@ -21,7 +21,7 @@ import yaml
 
 from vlmfilm_plugin.demo.dataset import make_dataset
 from vlmfilm_plugin.errors import VlmFilmError
-from vlmfilm_plugin.settings.record import MODE_VARIABLE, PREFIX
+from vlmfilm_plugin.settings.mode import MODE_VARIABLE, PREFIX
 
 HOST = Path(__file__).parent / "host"
 ARCH = "medsegdiff_flow"

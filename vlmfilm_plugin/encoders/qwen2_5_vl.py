@@ -15,7 +15,7 @@ from vlmfilm_plugin.encoders._frozen import OnePassEncoder, Pack
 from vlmfilm_plugin.encoders._pooling import token_means
 from vlmfilm_plugin.encoders._qwen_text import QwenTextEncoder
 from vlmfilm_plugin.errors import SettingsError
-from vlmfilm_plugin.settings.record import resolve
+from vlmfilm_plugin.settings.layers import resolve
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmfilm_plugin.features.cache_key import FINGERPRINT, cache_keys, content_keys, names_of, path_key, source_paths, split_of
-from vlmfilm_plugin.encoders.base import Encoder, build_encoder, encode_annotated
+from vlmfilm_plugin.encoders.base import Encoder, encode_annotated
+from vlmfilm_plugin.encoders.registry import build_encoder
 from vlmfilm_plugin.errors import FeatureError, MissingFeatureError
-from vlmfilm_plugin.features.store.store import FeatureStore, SourceStamp, StoredFeature, place_of
+from vlmfilm_plugin.features.batch_names import names_of, source_paths, split_of
+from vlmfilm_plugin.features.cache_key import FINGERPRINT, cache_keys, content_keys, path_key
 from vlmfilm_plugin.features.images import from_array, from_tensor, read_image
+from vlmfilm_plugin.features.store.store import FeatureStore, SourceStamp, StoredFeature, place_of
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.settings.record import Settings
 

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from vlmfilm_plugin.features.cache_key import cache_keys
-from vlmfilm_plugin.features.store.store import SourceStamp
-from vlmfilm_plugin.features.provider import FeatureProvider, Sample, stack
 from vlmfilm_plugin.features.images import read_image
+from vlmfilm_plugin.features.provider import FeatureProvider, Sample, stack
+from vlmfilm_plugin.features.store.store import SourceStamp
 
 # Key and feature (F,) of another image.
 Donor = tuple[str, Tensor]

@@ -7,110 +7,28 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vlmfilm_plugin.forward import context as conditioning
+from vlmfilm_plugin.encoders.registry import build_encoder
+from vlmfilm_plugin.errors import HostError, SettingsError
 from vlmfilm_plugin.film.architecture import Architecture, Stage
-from vlmfilm_plugin.encoders.base import build_encoder
-from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
-from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
-from vlmfilm_plugin.forward.module_hooks import CloseContext, ModulateBlock, OpenContext
 from vlmfilm_plugin.film.freezing import freeze_host
-from vlmfilm_plugin.film.gates import Gate, find_gate
-from vlmfilm_plugin.settings.record import Settings, environment_layers, read_mode, resolve
+from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
 from vlmfilm_plugin.film.targets import Target, match_targets, select_stages
+from vlmfilm_plugin.forward.module_hooks import CloseContext, ModulateBlock, OpenContext
+from vlmfilm_plugin.settings.layers import environment_layers, resolve
+from vlmfilm_plugin.settings.mode import read_mode
+from vlmfilm_plugin.settings.record import Settings
 
 if TYPE_CHECKING:
-    from vlmfilm_plugin.features.provider import FeatureProvider
+    pass
+from vlmfilm_plugin.forward.handle import FilmHandle
 
 DEFAULT_TARGETS: Mapping[str, str] = {"post_block2": "ups.*.1", "post_block1": "ups.*.0"}
-
-
-class FilmHandle:
-    """FiLM attached to a UNet: tells where, gives it a condition, and removes it.
-
-    Attributes:
-        unet: the module.
-        film: its `FilmModule`.
-        settings: the settings it was built with.
-    """
-
-    def __init__(self, unet: nn.Module, film: FilmModule, settings: Settings, undo: list[Callable[[], None]]) -> None:
-        self.unet, self.film, self.settings = unet, film, settings
-        self._undo = undo
-        self._source: FeatureProvider | None = None
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """Return the stages that carry FiLM, ascending."""
-        return self.film.architecture.stages
-
-    @property
-    def feature_dim(self) -> int:
-        """Return F, the width of a feature."""
-        return self.film.architecture.feature_dim
-
-    @contextmanager
-    def condition(
-        self, features: Tensor | None = None, *, images: Sequence[Any] | None = None, gate: Tensor | Gate | None = None, step: int = 0
-    ) -> Iterator[None]:
-        """Condition the UNet's forwards inside the block, one feature a row, or one for all rows.
-
-        Args:
-            features: (B, F), any float dtype, finite; used detached.
-            gate: where FiLM acts: (R, 1, H, W) in [0, 1], or a function of the forward that returns it; None takes the setting
-                `spatial_gate`.
-            step: seeds the exchange of features in mode `shuffle`.
-            images: B images instead: PIL images, paths, or arrays (H, W[, 3]), uint8, uint16 or float in [0, 1]; encoded and stored once.
-
-        Raises:
-            ConditionError: both or neither were given, or, in the forward, their number does not fit the rows.
-            FeatureError: the features' width is not F, or they hold NaN or infinite values.
-        """
-        from vlmfilm_plugin.forward.given_features import GivenFeatures
-        from vlmfilm_plugin.features.provider import check_features
-
-        if (features is None) == (images is None):
-            raise ConditionError(
-                "cannot set a condition",
-                {"found": "both or neither of features and images", "expected": "one of them"},
-                "pass `features=` or `images=`",
-            )
-        if images is not None and not len(images):
-            raise ConditionError(
-                "cannot set a condition", {"found": "no images", "expected": "one for each row, or one for all"}, "pass at least one"
-            )
-        if features is None:
-            assert images is not None
-            features = self._feature_provider().of_images(images)
-        check_features(features, self.feature_dim)
-        gate = gate if gate is not None else find_gate(self.settings.spatial_gate, self.settings.origin("spatial_gate"))
-        with conditioning.in_force(GivenFeatures(self.film.film_id, features.detach(), gate, step)):
-            yield
-
-    def _feature_provider(self) -> FeatureProvider:
-        from vlmfilm_plugin.features.provider import FeatureProvider
-
-        if self._source is None:
-            self._source = FeatureProvider.from_settings(self.settings)
-        return self._source
-
-    def remove(self) -> None:
-        """Restore the module exactly as it was; a second call does nothing."""
-        while self._undo:
-            self._undo.pop()()
-
-    def __enter__(self) -> FilmHandle:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.remove()
 
 
 def attach(unet: nn.Module, *, feature_dim: int | None = None, **settings: object) -> FilmHandle:

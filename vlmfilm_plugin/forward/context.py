@@ -14,12 +14,11 @@ Notes
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +27,6 @@ from vlmfilm_plugin.errors import ConditionError
 
 if TYPE_CHECKING:
     from vlmfilm_plugin.film.module import FilmModule
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class Recorder(Protocol):
@@ -124,17 +120,17 @@ class _Stacks(threading.local):
         self.contexts: list[ForwardContext] = []
 
 
-_stacks = _Stacks()
+stacks = _Stacks()
 
 
 @contextmanager
 def in_force(condition: Condition) -> Iterator[None]:
     """Put a condition in force for the forwards inside the block."""
-    _stacks.conditions.append(condition)
+    stacks.conditions.append(condition)
     try:
         yield
     finally:
-        _remove_last(_stacks.conditions, condition)
+        _remove_last(stacks.conditions, condition)
 
 
 def _remove_last(stack: list[Any], item: object) -> None:
@@ -147,26 +143,26 @@ def _remove_last(stack: list[Any], item: object) -> None:
 
 def condition_for(film: FilmModule) -> Condition | None:
     """Return the innermost condition in force for the UNet that holds `film`; one of its own wins over a published batch."""
-    serving = [condition for condition in reversed(_stacks.conditions) if condition.serves(film)]
+    serving = [condition for condition in reversed(stacks.conditions) if condition.serves(film)]
     return next((condition for condition in serving if not condition.is_for_all), serving[0] if serving else None)
 
 
 def batch_in_force() -> Condition | None:
     """Return the innermost published batch on this thread: a condition that serves every UNet."""
-    return next((condition for condition in reversed(_stacks.conditions) if condition.is_for_all), None)
+    return next((condition for condition in reversed(stacks.conditions) if condition.is_for_all), None)
 
 
 def push_context(frame: ForwardContext) -> None:
     """Open a frame; `pop_context` of the same UNet closes it."""
-    _stacks.contexts.append(frame)
+    stacks.contexts.append(frame)
 
 
 def pop_context(film: FilmModule) -> ForwardContext | None:
     """Close the innermost frame of `film` and return it; nothing happens where none is open."""
-    for position in range(len(_stacks.contexts) - 1, -1, -1):
-        if _stacks.contexts[position].film is film:
-            frame = _stacks.contexts[position]
-            del _stacks.contexts[position:]
+    for position in range(len(stacks.contexts) - 1, -1, -1):
+        if stacks.contexts[position].film is film:
+            frame = stacks.contexts[position]
+            del stacks.contexts[position:]
             return frame
     return None
 
@@ -177,7 +173,7 @@ def context_of(film: FilmModule, path: str) -> ForwardContext:
     Raises:
         ConditionError: a block ran outside its UNet's forward, or again inside `backward()` without its frame.
     """
-    for frame in reversed(_stacks.contexts):
+    for frame in reversed(stacks.contexts):
         if frame.film is film:
             return frame
     raise ConditionError(
@@ -188,26 +184,3 @@ def context_of(film: FilmModule, path: str) -> ForwardContext:
         },
         "call `unet(...)`; where a host checkpoints its blocks, its adapter names that in `HostSpec.recompute`",
     )
-
-
-def bind(function: Callable[P, R]) -> Callable[P, R]:
-    """Return `function` bound to the frames open now: it re-enters them whenever and on whichever thread it runs."""
-    if not _stacks.contexts:
-        return function
-    bound = [frame.recomputing() for frame in _stacks.contexts]
-
-    @functools.wraps(function)
-    def rerun(*args: P.args, **kwargs: P.kwargs) -> R:
-        if any(frame.film.is_removed for frame in bound):
-            raise ConditionError(
-                "a block is run again in backward(), but FiLM was removed from its UNet in between",
-                {"expected": "backward() before `handle.remove()`"},
-                "call backward() first",
-            )
-        outer, _stacks.contexts = _stacks.contexts, list(bound)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            _stacks.contexts = outer
-
-    return rerun

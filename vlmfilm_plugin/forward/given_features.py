@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vlmfilm_plugin.forward.context import ForwardContext
 from vlmfilm_plugin.errors import ConditionError
-from vlmfilm_plugin.film.gates import Gate, GateView, check_gate
 from vlmfilm_plugin.features.shuffle import exchange, groups_of
+from vlmfilm_plugin.film.gates import Gate, GateView, check_gate
+from vlmfilm_plugin.forward.context import ForwardContext
 
 if TYPE_CHECKING:
     from vlmfilm_plugin.film.module import FilmModule

@@ -12,13 +12,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from vlmfilm_plugin.forward import context as conditioning
-from vlmfilm_plugin.film.architecture import Stage
-from vlmfilm_plugin.forward.context import ForwardContext
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
+from vlmfilm_plugin.film.architecture import Stage
 from vlmfilm_plugin.film.layers import identity_for, modulate
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
-from vlmfilm_plugin.settings.record import MODE_VARIABLE
+from vlmfilm_plugin.forward import context as conditioning
+from vlmfilm_plugin.forward.context import ForwardContext
+from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlmfilm_plugin.forward.context import ForwardContext
-from vlmfilm_plugin.run.log_lines import StageRecorder, StepFacts
 from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.features.provider import CacheStats, FeatureProvider, Sample
-from vlmfilm_plugin.film.module import FilmModule
-from vlmfilm_plugin.film.gates import GateView, check_gate, find_gate
-from vlmfilm_plugin.host_spec import RowMap, RowView
 from vlmfilm_plugin.features.shuffle import exchange
-from vlmfilm_plugin.settings.record import MODE_VARIABLE
+from vlmfilm_plugin.film.gates import GateView, check_gate, find_gate
+from vlmfilm_plugin.film.module import FilmModule
+from vlmfilm_plugin.forward.context import ForwardContext
+from vlmfilm_plugin.host_spec import RowMap, RowView
+from vlmfilm_plugin.run.log_lines import StageRecorder, StepFacts
+from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 
 if TYPE_CHECKING:
     from vlmfilm_plugin.run.runtime import Runtime

@@ -13,20 +13,25 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from vlmfilm_plugin.checkpoints import metadata as ckpt
-from vlmfilm_plugin.forward import context as conditioning
-from vlmfilm_plugin.forward.attach import FilmHandle, install
-from vlmfilm_plugin.run.running_batch import RunningBatch
-from vlmfilm_plugin.run.log_lines import Diagnostics
+from vlmfilm_plugin.checkpoints.facts import CheckpointFacts
+from vlmfilm_plugin.checkpoints.metadata import adapt, write_metadata
+from vlmfilm_plugin.checkpoints.peek import peek
 from vlmfilm_plugin.errors import ConditionError, EncoderError, HostError, SettingsError
 from vlmfilm_plugin.features.provider import FeatureProvider
-from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule, film_modules
+from vlmfilm_plugin.features.shuffle_donor import ShuffleDonors
 from vlmfilm_plugin.film.freezing import freeze_host, keep_trainable
+from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule, film_modules
+from vlmfilm_plugin.forward import context as conditioning
+from vlmfilm_plugin.forward.attach import install
+from vlmfilm_plugin.forward.handle import FilmHandle
 from vlmfilm_plugin.host_spec import PHASES, RowMap, UNet, same_rows
 from vlmfilm_plugin.log import film_logger
-from vlmfilm_plugin.features.shuffle_donor import ShuffleDonors
 from vlmfilm_plugin.run.batch_strategy import BatchStrategy
-from vlmfilm_plugin.settings.record import MODE_VARIABLE, Layer, Settings, environment_layers, refuse_changed_mode, resolve
+from vlmfilm_plugin.run.log_lines import Diagnostics
+from vlmfilm_plugin.run.running_batch import RunningBatch
+from vlmfilm_plugin.settings.layers import Layer, environment_layers, resolve
+from vlmfilm_plugin.settings.mode import MODE_VARIABLE, refuse_changed_mode
+from vlmfilm_plugin.settings.record import Settings
 
 
 class Runtime:
@@ -41,7 +46,7 @@ class Runtime:
     def __init__(self, mode: str, environ: Mapping[str, str], base_dir: str) -> None:
         self.mode, self._environ, self._base_dir = mode, dict(environ), base_dir
         self._host_layers: list[Layer] = []
-        self._facts: ckpt.CheckpointFacts | None = None
+        self._facts: CheckpointFacts | None = None
         self._sources: dict[tuple[str | None, ...], FeatureProvider] = {}
         self._partners: dict[FeatureProvider, ShuffleDonors] = {}
         self._strategies: WeakKeyDictionary[FilmModule, BatchStrategy] = WeakKeyDictionary()
@@ -90,13 +95,13 @@ class Runtime:
     def host_config(self, values: Mapping[str, object], resume: str | None) -> None:
         """Take settings from the host's own configuration, and from the checkpoint it will resume from."""
         self._host_layers = [("host config", values)]
-        self._facts = ckpt.peek(resume)
+        self._facts = peek(resume)
         self._settings = self._diagnostics = None
 
     @contextmanager
     def loading(self, path: object, *, weights_only: bool = False) -> Iterator[None]:
         """Build models inside the block as the checkpoint at `path` says: its stages win, its encoder is the default."""
-        outer, self._facts = self._facts, ckpt.peek(path, weights_only=weights_only)
+        outer, self._facts = self._facts, peek(path, weights_only=weights_only)
         self._settings = None
         try:
             yield
@@ -160,11 +165,11 @@ class Runtime:
     def save_checkpoint(self, model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         """Add FiLM's metadata to a checkpoint that the host is about to save."""
         if films := film_modules(model):
-            ckpt.write_metadata(model, self.settings_of(films[0]), checkpoint)
+            write_metadata(model, self.settings_of(films[0]), checkpoint)
 
     def load_checkpoint(self, model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         """Make a checkpoint fit before the host loads it strictly."""
-        ckpt.adapt(model, checkpoint, is_frozen=self._is_frozen(model))
+        adapt(model, checkpoint, is_frozen=self._is_frozen(model))
 
     def _is_frozen(self, model: nn.Module) -> bool:
         films = film_modules(model)

@@ -1,26 +1,10 @@
-"""Settings: one frozen record for a run, each value with the place it came from.
-
-Order, weakest first: default, preset, checkpoint's encoder, the host's own config, the file of `VLM_FILM_CONFIG`, environment
-`VLM_FILM_<NAME>`, arguments, checkpoint's architecture. Knows nothing of torch, hosts or encoders.
-"""
+"""The record of settings: names, defaults, and where each value came from. Knows nothing of torch, hosts or encoders."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
-
-from vlmfilm_plugin.errors import SettingsError
-from vlmfilm_plugin.settings.parsing import PARSERS, EnvText, describe
-
-MODE_VARIABLE = "VLM_FILM_MODE"
-MODES = ("on", "off", "shuffle")
-CONFIG_VARIABLE = "VLM_FILM_CONFIG"
-PREFIX = "VLM_FILM_"
-_NOT_SETTINGS = frozenset({MODE_VARIABLE, CONFIG_VARIABLE})
 
 DEFAULT_PROMPT = "Describe the vessels in this angiography image: contrast, thickness, branching and background."
 
@@ -31,38 +15,6 @@ ALIASES = {"vlm_film_decoder_stages": "decoder_stages"}
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "soft-seg": {"batch_strategy": "first", "reuse_policy": "step_interval", "update_interval_steps_train": 100, "update_interval_steps_eval": 1}
 }
-
-
-def read_mode(environ: Mapping[str, str] | None = None) -> str | None:
-    """Return `VLM_FILM_MODE` (`on`, `off` or `shuffle`), or None where it is unset.
-
-    Raises:
-        SettingsError: the variable is set to anything else, the empty string included.
-    """
-    value = (os.environ if environ is None else environ).get(MODE_VARIABLE)
-    if value is None or value in MODES:
-        return value
-    closest = get_close_matches(value.strip().lower(), MODES, n=1, cutoff=0.4)
-    raise SettingsError(
-        f"cannot use {MODE_VARIABLE}: not a mode",
-        {"found": repr(value), "expected": "on, off or shuffle"},
-        f"set {MODE_VARIABLE}={closest[0]}" if closest else f"unset {MODE_VARIABLE}, or set it to one of these",
-    )
-
-
-def refuse_changed_mode(expected: str | None) -> None:
-    """Check that `VLM_FILM_MODE` still says what it said at activation (None: it was unset); one that was taken out says nothing.
-
-    Raises:
-        SettingsError: it says something else, which would be ignored.
-    """
-    now = os.environ.get(MODE_VARIABLE, expected)
-    if now != expected:
-        raise SettingsError(
-            f"{MODE_VARIABLE} was changed after VLM-FiLM was activated",
-            {"found": repr(now), "expected": f"{expected!r}, as at activation"},
-            "restart the process (the notebook's kernel) with the mode you want",
-        )
 
 
 def _setting(default: object, kind: str, *, choices: tuple[str, ...] = (), low: float | None = None, optional: bool = False) -> Any:
@@ -135,7 +87,7 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """Return every setting by name, without origins."""
-        return {name: getattr(self, name) for name in _FIELDS}
+        return {name: getattr(self, name) for name in FIELDS}
 
     @property
     def prompt(self) -> str:
@@ -148,120 +100,4 @@ class Settings:
         return self.prompt_templates or (self.prompt_template or DEFAULT_PROMPT,)
 
 
-_FIELDS = {item.name: item for item in fields(Settings) if "kind" in item.metadata}
-
-# A layer: where the values come from, and the values.
-Layer = tuple[str, Mapping[str, object]]
-
-
-def resolve(layers: Iterable[Layer], base_dir: str | Path | None = None) -> Settings:
-    """Merge layers, weakest first, into `Settings`.
-
-    Args:
-        layers: (origin, values) pairs; names may be aliases of the soft-seg port.
-        base_dir: what relative paths are relative to; default: the working directory.
-
-    Raises:
-        SettingsError: an unknown name (with the closest legal one) or a bad value; the message names the origin.
-    """
-    values: dict[str, object] = {}
-    origins: dict[str, str] = {}
-    for origin, mapping in layers:
-        for raw_name, raw in mapping.items():
-            name = _known_name(raw_name, origin)
-            values[name], origins[name] = _coerce(name, raw, origin), f"{origin}: {raw_name}"
-    preset = values.get("preset")
-    for name, raw in PRESETS.get(str(preset), {}).items():
-        if name not in values:
-            values[name], origins[name] = raw, f"preset {preset}"
-    root = Path(base_dir or Path.cwd())
-    for name in ("cache_dir", "dataset_root", "questionnaire"):
-        value = values.get(name, _FIELDS[name].default)
-        # A questionnaire is a path only where it says so; otherwise it names a shipped one.
-        if value is not None and (name != "questionnaire" or str(value).endswith((".yaml", ".yml"))):
-            values[name] = str(root / _expand(str(value), name, origins.get(name, "default")))
-    return Settings(**values, origins=origins)  # type: ignore[arg-type]
-
-
-def environment_layers(environ: Mapping[str, str], base_dir: str | Path | None = None) -> list[Layer]:
-    """Return the layers of the file named by `VLM_FILM_CONFIG` (YAML) and of the `VLM_FILM_<NAME>` variables, in this order.
-
-    Raises:
-        SettingsError: the file cannot be read, or is not a mapping.
-    """
-    layers: list[Layer] = []
-    if CONFIG_VARIABLE in environ:
-        path = environ[CONFIG_VARIABLE]
-        layers.append((path, _read_yaml(Path(base_dir or Path.cwd()) / _expand(path, CONFIG_VARIABLE, "environment"))))
-    for variable in sorted(environ):
-        if variable.startswith(PREFIX) and variable not in _NOT_SETTINGS:
-            layers.append(("environment", {variable: EnvText(environ[variable])}))
-    return layers
-
-
-def _read_yaml(path: Path) -> Mapping[str, object]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or an impossible date or number
-        raise SettingsError(
-            f"cannot read the file of {CONFIG_VARIABLE}", {"file": path, "error": " ".join(str(error).split())}, "give the path of a YAML file"
-        ) from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise SettingsError(
-            f"cannot use the file of {CONFIG_VARIABLE}",
-            {"file": path, "found": type(content).__name__, "expected": "a mapping of setting names to values"},
-            "write one `name: value` a line",
-        )
-    return content
-
-
-def _known_name(raw: str, origin: str) -> str:
-    name = str(raw)
-    if origin == "environment":
-        name = name[len(PREFIX) :].lower()
-    name = ALIASES.get(name, name)
-    if name in _FIELDS:
-        return name
-    closest = get_close_matches(name, [*_FIELDS, *ALIASES], n=1)
-    spelt = f"{PREFIX}{closest[0].upper()}" if closest and origin == "environment" else (closest[0] if closest else None)
-    raise SettingsError(
-        "cannot use a setting: unknown name",
-        {"found": f"{raw!r}   (from {origin})", **({"closest": repr(spelt)} if spelt else {})},
-        f"write {spelt!r}, or take it out" if spelt else f"take it out; legal names: {', '.join(_FIELDS)}",
-    )
-
-
-def _coerce(name: str, raw: object, origin: str) -> object:
-    rules = _FIELDS[name].metadata
-    is_text = isinstance(raw, EnvText)
-    if raw is None or (is_text and str(raw).strip().lower() in {"none", "null", "~"}):
-        if rules["optional"]:
-            return None
-        raise _bad(name, raw, origin, describe(rules))
-    try:
-        value = PARSERS[rules["kind"]](raw, is_text)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise _bad(name, raw, origin, describe(rules)) from error
-    if (rules["choices"] and value not in rules["choices"]) or (rules["low"] is not None and value < rules["low"]):
-        raise _bad(name, raw, origin, describe(rules))
-    return value
-
-
-def _expand(path: str, name: str, origin: str) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise SettingsError(
-            f"cannot use the path of `{name}`", {"found": f"{path!r}   (from {origin})", "error": error}, "write the folder out in full"
-        ) from error
-
-
-def _bad(name: str, raw: object, origin: str, expected: str) -> SettingsError:
-    spelt = f"{PREFIX}{name.upper()}" if origin == "environment" else name
-    return SettingsError(
-        f"cannot use setting `{name}`: bad value", {"found": f"{raw!r}   (from {origin})", "expected": expected}, f"correct {spelt}, or take it out"
-    )
+FIELDS = {item.name: item for item in fields(Settings) if "kind" in item.metadata}

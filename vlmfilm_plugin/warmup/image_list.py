@@ -14,12 +14,13 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from vlmfilm_plugin.features.cache_key import FINGERPRINT, cache_keys, path_key, split_of
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
+from vlmfilm_plugin.features.batch_names import split_of
+from vlmfilm_plugin.features.cache_key import FINGERPRINT, cache_keys, path_key
+from vlmfilm_plugin.features.images import read_image
 from vlmfilm_plugin.features.provider import Sample
 from vlmfilm_plugin.host_spec import ENTRY_POINTS
 from vlmfilm_plugin.hosts.registry import AdapterRegistry
-from vlmfilm_plugin.features.images import read_image
 
 logger = logging.getLogger("vlmfilm.warmup")
 

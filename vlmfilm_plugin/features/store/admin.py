@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from vlmfilm_plugin.errors import StoreError
-from vlmfilm_plugin.features.store.store import COLUMNS, Row, decode, insert_rows, is_facts_of, key_to_bytes, key_to_text, stamp_of
 from vlmfilm_plugin.features.store.sqlite_file import FILE_NAME, StoreFile, transaction
+from vlmfilm_plugin.features.store.store import COLUMNS, Row, decode, insert_rows, is_facts_of, key_to_bytes, key_to_text, stamp_of
 
 TIMEOUT_S = 30.0
 ROWS = 256  # a transaction, or a step of a scan

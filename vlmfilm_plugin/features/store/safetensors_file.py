@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from vlmfilm_plugin.errors import StoreError
-from vlmfilm_plugin.features.store.store import Row, checksum, decode, is_facts_of, key_to_bytes, key_to_text
 from vlmfilm_plugin.features.store.admin import ROWS, Merged, Namespace, put, rows_of
 from vlmfilm_plugin.features.store.sqlite_file import StoreFile
+from vlmfilm_plugin.features.store.store import Row, checksum, decode, is_facts_of, key_to_bytes, key_to_text
 
 FORMAT = "vlmfilm-features-1"
 

@@ -1,0 +1,51 @@
+"""The variables: `VLM_FILM_MODE`, and the names that are no settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
+
+from vlmfilm_plugin.errors import SettingsError
+
+MODE_VARIABLE = "VLM_FILM_MODE"
+
+MODES = ("on", "off", "shuffle")
+
+CONFIG_VARIABLE = "VLM_FILM_CONFIG"
+
+PREFIX = "VLM_FILM_"
+
+NOT_SETTINGS = frozenset({MODE_VARIABLE, CONFIG_VARIABLE})
+
+
+def read_mode(environ: Mapping[str, str] | None = None) -> str | None:
+    """Return `VLM_FILM_MODE` (`on`, `off` or `shuffle`), or None where it is unset.
+
+    Raises:
+        SettingsError: the variable is set to anything else, the empty string included.
+    """
+    value = (os.environ if environ is None else environ).get(MODE_VARIABLE)
+    if value is None or value in MODES:
+        return value
+    closest = get_close_matches(value.strip().lower(), MODES, n=1, cutoff=0.4)
+    raise SettingsError(
+        f"cannot use {MODE_VARIABLE}: not a mode",
+        {"found": repr(value), "expected": "on, off or shuffle"},
+        f"set {MODE_VARIABLE}={closest[0]}" if closest else f"unset {MODE_VARIABLE}, or set it to one of these",
+    )
+
+
+def refuse_changed_mode(expected: str | None) -> None:
+    """Check that `VLM_FILM_MODE` still says what it said at activation (None: it was unset); one that was taken out says nothing.
+
+    Raises:
+        SettingsError: it says something else, which would be ignored.
+    """
+    now = os.environ.get(MODE_VARIABLE, expected)
+    if now != expected:
+        raise SettingsError(
+            f"{MODE_VARIABLE} was changed after VLM-FiLM was activated",
+            {"found": repr(now), "expected": f"{expected!r}, as at activation"},
+            "restart the process (the notebook's kernel) with the mode you want",
+        )
