@@ -1,1 +1,1 @@
-"""Adapters, one file a host family. They describe a host and import neither it nor torch."""
+"""Host adapters, one file a host family. They describe a host and import neither it nor torch."""

@@ -1,4 +1,4 @@
-"""Adapter for med-seg-diff-pytorch: `Unet` and its diffusion wrapper `MedSegDiff`.
+"""Host adapter for med-seg-diff-pytorch: `Unet` and its diffusion wrapper `MedSegDiff`.
 
 Images are in [0, 1] and have no names; a caller who has names publishes them: `with vlmfilm_plugin.running_batch({...}, phase=...)`.
 """

@@ -1,4 +1,4 @@
-"""Adapter for the sofl-seg family: Lightning modules around a MedSegDiff UNet with `ups.{i}` = [block1, block2, attention, upsample].
+"""Host adapter for the sofl-seg family: Lightning modules around a MedSegDiff UNet with `ups.{i}` = [block1, block2, attention, upsample].
 
 Its package is called `src`, a name many repos use: a module counts as this host only by its structure.
 """

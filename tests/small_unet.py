@@ -24,7 +24,7 @@ class Block(nn.Module):
 
 
 class SmallUNet(nn.Module):
-    """`use_reentrant` None runs block2 plainly; True or False checkpoint it, with the frame bound unless `is_bound` is False."""
+    """`use_reentrant` None runs block2 plainly; True or False checkpoint it, with the context bound unless `is_bound` is False."""
 
     def __init__(self, widths: tuple[int, ...] = (6, 4), *, use_reentrant: bool | None = None, is_bound: bool = True) -> None:
         super().__init__()

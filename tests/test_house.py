@@ -1,4 +1,4 @@
-"""Policy: imports go to lower layers only, importing is light, public names exist, and the core names no host."""
+"""The rules of the house: imports go to lower layers only, importing is light, public names exist, and the core names no host."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def violations(part: str, source: str) -> list[str]:
         elif part in TORCHLESS and top in HEAVY:
             wrong.append(f"{name}: heavy")
         elif top == "hooks" or (target == "hooks"):
-            wrong.append(f"{name}: the core names no adapter")
+            wrong.append(f"{name}: the core names no host adapter")
     return wrong
 
 
 def hook_violations(source: str) -> list[str]:
-    """Return what an adapter must not import."""
+    """Return what a host adapter must not import."""
     allowed = HOOKS_MAY | set(sys.stdlib_module_names)
     return [name for name in imports(source) if (part_of(name) or name.split(".")[0]) not in allowed]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# In a checkout (an editable install) the adapters lie beside the package, in hooks/; an installed wheel has them inside.
+# In a checkout (an editable install) the host adapters lie beside the package, in hooks/; an installed wheel has them inside.
 if not os.path.isdir(os.path.join(os.path.dirname(__file__), "hooks")):
     __path__.append(os.path.dirname(os.path.dirname(__file__)))
 

@@ -2,7 +2,7 @@
 
     VlmFilmError
     ├── SettingsError          a setting, its value, or the mode is wrong
-    ├── HostError              a host is not supported, or its structure is not what an adapter expects
+    ├── HostError              a host is not supported, or its structure is not what a host adapter expects
     │   └── TargetMatchError   no module matched, or a stage that does not exist
     ├── ConditionError         a forward has no condition, or its rows cannot be mapped to samples
     │   └── MissingFeatureError
@@ -53,7 +53,7 @@ class SettingsError(VlmFilmError):
 
 
 class HostError(VlmFilmError):
-    """A host cannot carry FiLM as it is, or an adapter and the host do not fit."""
+    """A host cannot carry FiLM as it is, or a host adapter and the host do not fit."""
 
 
 class TargetMatchError(HostError):

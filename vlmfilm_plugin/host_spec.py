@@ -1,6 +1,6 @@
-"""What an adapter tells us about a host: the pluggy hook `vlmfilm_host` and the records it returns.
+"""What a host adapter tells us about a host: the pluggy hook `vlmfilm_host` and the records it returns.
 
-An adapter describes, it does not patch: class by class it names what to watch, and the core does the wrapping. So an adapter needs
+A host adapter describes, it does not patch: class by class it names what to watch, and the core does the wrapping. So a host adapter needs
 no torch and cannot forget to undo, to keep a signature, or to fail closed.
 """
 

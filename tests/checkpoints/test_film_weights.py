@@ -36,7 +36,7 @@ def save(root: Root, path: Path) -> Path:
     return path
 
 
-def test_an_adapter_holds_film_alone_and_says_what_it_is(tmp_path: Path) -> None:
+def test_a_weights_file_holds_film_alone_and_says_what_it_is(tmp_path: Path) -> None:
     root = Root(0, True)
     names = export_adapter(save(root, tmp_path / "film.ckpt"), tmp_path / "a.safetensors")
     assert set(names) == {name for name in root.state_dict() if "vlm_film" in name}
@@ -45,7 +45,7 @@ def test_an_adapter_holds_film_alone_and_says_what_it_is(tmp_path: Path) -> None
     assert described["architecture"]["gamma_scale"] == 0.3 and [stage["index"] for stage in described["architecture"]["stages"]] == [1]
 
 
-def test_applied_to_a_baseline_it_gives_the_baselines_host_and_the_adapters_film(tmp_path: Path) -> None:
+def test_applied_to_a_baseline_it_gives_the_baselines_host_and_the_files_film(tmp_path: Path) -> None:
     film, plain = Root(0, True), Root(1, False)
     export_adapter(save(film, tmp_path / "film.ckpt"), tmp_path / "a.safetensors")
     before = save(plain, tmp_path / "plain.ckpt").read_bytes()
@@ -83,7 +83,7 @@ def test_what_cannot_be_moved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such UNet"):
         apply_adapter(tmp_path / "a.safetensors", tmp_path / "other.ckpt", tmp_path / "out.ckpt")
     (tmp_path / "junk").write_text("junk")
-    with pytest.raises(CheckpointError, match="cannot read the adapter"):
+    with pytest.raises(CheckpointError, match="cannot read the FiLM weights"):
         apply_adapter(tmp_path / "junk", plain, tmp_path / "out.ckpt")
     with pytest.raises(CheckpointError, match="cannot read the checkpoint"):
         export_adapter(tmp_path / "junk", tmp_path / "b.safetensors")

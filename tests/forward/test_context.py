@@ -164,7 +164,7 @@ def test_two_unets_alive_keep_their_own_conditions(use_reentrant: bool | None) -
     assert all(parameter.grad is not None for handle in (one, two) for parameter in handle.film.parameters())
 
 
-def test_a_unet_called_inside_anothers_forward_keeps_its_own_frame() -> None:
+def test_a_unet_called_inside_anothers_forward_keeps_its_own_context() -> None:
     outer, inner = film_unet(None, seed=1), film_unet(None, seed=2)
     expected = [call(outer, 1), call(inner, 2)]
     nested: list[Tensor] = []
@@ -197,7 +197,7 @@ def test_a_unet_called_inside_its_own_forward_keeps_both_frames() -> None:
     assert torch.equal(nested[0], expected[1])
 
 
-def test_a_refused_inner_call_of_the_same_unet_does_not_close_the_outer_frame() -> None:
+def test_a_refused_inner_call_of_the_same_unet_does_not_close_the_outer_context() -> None:
     handle, seen = film_unet(None), []
     expected = call(handle, 1)
 
@@ -357,17 +357,17 @@ def test_a_bound_function_restores_the_frames_around_it_and_keeps_its_name() -> 
     handle = film_unet(None)
     bound: list[Callable[[], list[conditioning.ForwardContext]]] = []
 
-    def frames() -> list[conditioning.ForwardContext]:
-        """Frames now."""
+    def contexts() -> list[conditioning.ForwardContext]:
+        """Contexts now."""
         return list(conditioning.stacks.contexts)
 
-    hook = handle.unet.ups[0][0].register_forward_hook(lambda *_: bound.append(recompute.bind(frames)))
+    hook = handle.unet.ups[0][0].register_forward_hook(lambda *_: bound.append(recompute.bind(contexts)))
     call(handle, 1)
     hook.remove()
-    assert [frame.film for frame in bound[0]()] == [handle.film]
-    assert bound[0].__name__ == "frames"
-    assert bound[0].__doc__ == "Frames now."
-    assert frames() == []
+    assert [context.film for context in bound[0]()] == [handle.film]
+    assert bound[0].__name__ == "contexts"
+    assert bound[0].__doc__ == "Contexts now."
+    assert contexts() == []
 
 
 def test_the_features_of_a_frame_get_no_gradient() -> None:

@@ -253,7 +253,7 @@ def test_a_callers_own_condition_wins_over_the_batch(tmp_path: Path) -> None:
     with torch.no_grad():
         b = model.validation_step(batch(1))
     assert not torch.equal(a, b)
-    assert len(run._sources) == 1
+    assert len(run._providers) == 1
 
 
 def test_anothers_condition_does_not_keep_a_batch_from_its_own_unet(tmp_path: Path) -> None:
@@ -284,14 +284,14 @@ def test_a_validation_between_two_steps_does_not_replace_what_training_holds(str
 
 def test_first_conditions_every_row_on_the_first_sample_and_evaluation_on_each(tmp_path: Path) -> None:
     host, _ = patched(tmp_path, BATCH_STRATEGY="first")
-    model, frames = host.Model(), []
-    model.net.register_forward_hook(lambda *_: frames.append(conditioning.stacks.contexts[-1].features), prepend=True)
+    model, seen = host.Model(), []
+    model.net.register_forward_hook(lambda *_: seen.append(conditioning.stacks.contexts[-1].features), prepend=True)
     model.training_step(batch())
     with torch.no_grad():
         for seed in (1, 2):
             model.validation_step(batch(1, seed=seed))
-    assert all(torch.equal(row, frames[0][0]) for row in frames[0])
-    assert not torch.equal(frames[1], frames[2])
+    assert all(torch.equal(row, seen[0][0]) for row in seen[0])
+    assert not torch.equal(seen[1], seen[2])
 
 
 # Configuration

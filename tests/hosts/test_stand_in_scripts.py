@@ -223,15 +223,15 @@ def test_a_frozen_host_keeps_every_weight_and_its_optimizer_holds_film_alone(sta
     succeed(run_code(code, cwd=stand_in.repo))
 
 
-def test_an_adapter_moves_film_from_one_run_to_a_baseline_of_the_host(trained: tuple[StandIn, str]) -> None:
+def test_a_weights_file_moves_film_from_one_run_to_a_baseline_of_the_host(trained: tuple[StandIn, str]) -> None:
     from processes import python
 
     host = trained[0]
     host.train("base", None)
-    adapter, copied = host.root / "adapter.safetensors", host.root / "runs" / "moved" / "checkpoints" / "last.ckpt"
+    weights, copied = host.root / "film.safetensors", host.root / "runs" / "moved" / "checkpoints" / "last.ckpt"
     copied.parent.mkdir(parents=True)
     # The host's evaluation reads the configuration beside the checkpoint.
     (copied.parents[1] / "config.yaml").write_bytes((host.checkpoint("base").parents[1] / "config.yaml").read_bytes())
-    succeed(python("-m", "vlmfilm_plugin", "export", host.checkpoint("film"), adapter))
-    succeed(python("-m", "vlmfilm_plugin", "apply", adapter, host.checkpoint("base"), "--output", copied))
+    succeed(python("-m", "vlmfilm_plugin", "export", host.checkpoint("film"), weights))
+    succeed(python("-m", "vlmfilm_plugin", "apply", weights, host.checkpoint("base"), "--output", copied))
     assert "encoder=descriptor" in host.evaluate("moved", "on")

@@ -184,7 +184,7 @@ def test_two_crops_of_one_file_get_their_own_features_in_any_order(tmp_path: Pat
     assert torch.equal(vectors(other, images(1, 2), batch=batch), second)
 
 
-# Policies
+# Strategies
 
 
 def test_evaluation_conditions_each_image_on_itself_at_a_constant_step(tmp_path: Path) -> None:
@@ -256,18 +256,18 @@ def test_a_conditioner_that_computes_under_inference_mode_can_train_afterwards(t
 def test_the_real_vlm_conditions_and_is_nowhere_in_the_module(is_text: bool, tiny_qwen: Path, tmp_path: Path) -> None:
     conditioner = build(tmp_path, encoder="qwen2_5_vl", model_name=str(tiny_qwen), use_text_prompt_cond=is_text, max_new_tokens=3, cond_dim=6)
     projection = conditioner.text_to_cond if is_text else conditioner.image_to_cond
-    assert not conditioner._source.encoder.is_loaded
+    assert not conditioner._provider.encoder.is_loaded
     before = set(conditioner.state_dict())
     result = conditioner.compute_condition(images(2))
     assert result["cond_vec"].shape == (2, 6)
-    assert conditioner._source.encoder.is_loaded
+    assert conditioner._provider.encoder.is_loaded
     result["cond_vec"].square().sum().backward()
     assert all(parameter.grad is not None for parameter in projection.parameters())
     assert set(conditioner.state_dict()) == before == {f"{'text' if is_text else 'image'}_to_cond.{name}" for name in projection.state_dict()}
     assert {id(parameter) for parameter in conditioner.parameters()} == {id(parameter) for parameter in projection.parameters()}
     assert not any("qwen" in type(module).__name__.lower() for module in conditioner.modules())
     twin = copy.deepcopy(conditioner)
-    assert twin._source is conditioner._source
+    assert twin._provider is conditioner._provider
     assert torch.equal(vectors(twin, images(2)), vectors(conditioner, images(2)))
     assert len(pickle.dumps(conditioner)) < 100_000
 
@@ -277,7 +277,7 @@ def test_the_model_is_not_loaded_when_every_feature_is_stored(tiny_qwen: Path, t
     expected = vectors(build(tmp_path, **settings), images(2))
     again = build(tmp_path, **settings)
     assert torch.equal(vectors(again, images(2)), expected)
-    assert not again._source.encoder.is_loaded
+    assert not again._provider.encoder.is_loaded
 
 
 def test_a_prompt_of_the_call_replaces_the_template_in_text_mode_and_does_nothing_in_image_mode(tiny_qwen: Path, tmp_path: Path) -> None:

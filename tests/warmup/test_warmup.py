@@ -29,7 +29,7 @@ from vlmfilm_plugin.errors import EncoderError, HostError, SettingsError
 from vlmfilm_plugin.features.provider import FeatureProvider, Sample
 from vlmfilm_plugin.features.store.store import FeatureStore
 from vlmfilm_plugin.warmup import encode as warmup
-from vlmfilm_plugin.warmup import image_list as warmup_sources
+from vlmfilm_plugin.warmup import image_list
 from vlmfilm_plugin.warmup.encode import warm_up
 from vlmfilm_plugin.warmup.image_list import read_plan
 
@@ -105,7 +105,7 @@ def test_a_broken_adapter_is_reported_and_another_lists_the_images(
 def test_a_configuration_nobody_knows_and_a_missing_folder_are_errors(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="cannot list the images") as caught:
         read_plan({"what": 1}, ["train"])
-    assert caught.value.facts["adapters that know it"] == "none"
+    assert caught.value.facts["host adapters that know it"] == "none"
     with pytest.raises(HostError, match="train") as missing:
         read_plan({"model": {"arch_name": "x"}, "data": {"train_dir": str(tmp_path / "no")}}, ["train"])
     assert str(tmp_path / "no") in str(missing.value) and missing.value.fix
@@ -282,7 +282,7 @@ def test_reading_runs_ahead_of_encoding_and_is_bounded(tmp_path: Path, monkeypat
     encoder.calls = []
     ahead: list[int] = []
     read, lock = [0], threading.Lock()
-    real = warmup_sources.read_image
+    real = image_list.read_image
 
     def counted(path: Path) -> Any:
         with lock:
@@ -299,7 +299,7 @@ def test_reading_runs_ahead_of_encoding_and_is_bounded(tmp_path: Path, monkeypat
         encoder.calls.append(len(images))
         return DescriptorEncoder.encode(encoder, images)
 
-    monkeypatch.setattr(warmup_sources, "read_image", counted)
+    monkeypatch.setattr(image_list, "read_image", counted)
     monkeypatch.setattr(encoder, "encode", encode, raising=False)
     make_images(tmp_path / "imgs", 40)
     assert quiet(tmp_path / "imgs", tmp_path, batch_size=4, readers=3).encoded == 40

@@ -50,7 +50,7 @@ def export_adapter(checkpoint: str | Path, out: str | Path, layout: str = "own")
     tensors = to_port_layout(film) if layout == "port" else film
     if not Path(out).parent.is_dir():
         facts = {"found": f"no folder {Path(out).parent}", "expected": "a file in an existing folder"}
-        raise CheckpointError("cannot write the adapter", facts, "make the folder, or give another path")
+        raise CheckpointError("cannot write the FiLM weights", facts, "make the folder, or give another path")
     # safetensors refuses views of shared memory, which a checkpoint of a tied copy may hold.
     save_file(
         {name: value.contiguous().clone() for name, value in tensors.items()},
@@ -61,7 +61,7 @@ def export_adapter(checkpoint: str | Path, out: str | Path, layout: str = "own")
 
 
 def apply_adapter(adapter: str | Path, checkpoint: str | Path, out: str | Path) -> list[str]:
-    """Write a copy of a checkpoint with the FiLM weights of an adapter file in place of its own, or where it had none.
+    """Write a copy of a checkpoint with the FiLM weights of such a file in place of its own, or where it had none.
 
     Optimizer state is left out of the copy: it belongs to other weights.
 
@@ -69,7 +69,7 @@ def apply_adapter(adapter: str | Path, checkpoint: str | Path, out: str | Path) 
         The names put in.
 
     Raises:
-        CheckpointError: a file cannot be read, the adapter is in the port's layout, or the checkpoint's UNet stands elsewhere.
+        CheckpointError: a file cannot be read, the weights are in the port's layout, or the checkpoint's UNet stands elsewhere.
     """
     from safetensors import safe_open
 
@@ -79,10 +79,10 @@ def apply_adapter(adapter: str | Path, checkpoint: str | Path, out: str | Path) 
             # The file sorts its names; the module's own order is kept beside them.
             tensors = {name: file.get_tensor(name) for name in json.loads(metadata.get("order", "[]"))}
     except Exception as error:  # safetensors raises its own and the file system's
-        raise CheckpointError("cannot read the adapter", {"file": adapter, "error": error}, "give a file of `vlmfilm export`") from error
+        raise CheckpointError("cannot read the FiLM weights", {"file": adapter, "error": error}, "give a file of `vlmfilm export`") from error
     if _KEY not in metadata or metadata.get("layout") != "own":
         facts = {"file": adapter, "found": f"layout {metadata.get('layout')!r}", "expected": "layout 'own'"}
-        raise CheckpointError("cannot apply this adapter", facts, "export it again without `--layout port`")
+        raise CheckpointError("cannot apply these FiLM weights", facts, "export it again without `--layout port`")
     content = dict(_load(checkpoint))
     is_bare = "state_dict" not in content
     state: Mapping[str, Any] = content if is_bare else content["state_dict"]
@@ -107,9 +107,9 @@ def _merge(state: Mapping[str, Any], tensors: Mapping[str, Tensor], adapter: obj
     homeless = [unet for unet, found in last.items() if not found]
     if homeless:
         raise CheckpointError(
-            "cannot apply this adapter: the checkpoint has no such UNet",
-            {"adapter": adapter, "checkpoint": checkpoint, "expected": f"keys that begin with {', '.join(map(repr, homeless))}"},
-            "give a checkpoint of the architecture that the adapter was trained with",
+            "cannot apply these FiLM weights: the checkpoint has no such UNet",
+            {"FiLM weights": adapter, "checkpoint": checkpoint, "expected": f"keys that begin with {', '.join(map(repr, homeless))}"},
+            "give a checkpoint of the architecture that they were trained with",
         )
     merged: dict[str, Any] = {}
     for name, value in rest.items():

@@ -1,4 +1,4 @@
-"""`vlmfilm apply ADAPTER CHECKPOINT`: put FiLM weights into a copy of a checkpoint."""
+"""`vlmfilm apply WEIGHTS CHECKPOINT`: put FiLM weights into a copy of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from vlmfilm_plugin.errors import CheckpointError
 
 def add_parser(subparsers: Any) -> None:
     """Add the command to the parser."""
-    parser = subparsers.add_parser("apply", help="put an exported adapter into a copy of a checkpoint", description=__doc__)
-    parser.add_argument("adapter", type=Path)
+    parser = subparsers.add_parser("apply", help="put exported FiLM weights into a copy of a checkpoint", description=__doc__)
+    parser.add_argument("weights", type=Path)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--output", type=Path, default=None, help="default: the checkpoint's name with -film in it")
     parser.set_defaults(run=run)
@@ -26,6 +26,6 @@ def run(arguments: argparse.Namespace) -> int:
     out = arguments.output or source.with_name(f"{source.stem}-film{source.suffix}")
     if out.exists():
         raise CheckpointError("cannot write the checkpoint: the file exists", {"file": out}, "give another `--output`")
-    names = apply_adapter(arguments.adapter, source, out)
+    names = apply_adapter(arguments.weights, source, out)
     print(f"put {len(names)} tensors into a copy of {source.name} (without optimizer state): {out}")
     return 0

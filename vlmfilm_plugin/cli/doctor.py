@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Return the report: versions, activation, adapters, settings with their origins, problems."""
+    """Return the report: versions, activation, host adapters, settings with their origins, problems."""
     problems: list[str] = []
     packages = {name: _version(name) for name in _PACKAGES}
     report: dict[str, Any] = {"vlmfilm-plugin": __version__, "python": platform.python_version(), "packages": packages}
@@ -75,7 +75,7 @@ def _print(report: dict[str, Any]) -> None:
     print(f"vlmfilm-plugin {report['vlmfilm-plugin']}, Python {report['python']}")
     print("packages:   " + ", ".join(f"{name} {found or 'MISSING'}" for name, found in report["packages"].items()))
     print(f"activation: {report['activation']['state']}")
-    print("adapters:")
+    print("host adapters:")
     for name, value in report["adapters"].items():
         print(f"  {name:<44} {value}")
     print("settings:")

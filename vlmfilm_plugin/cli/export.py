@@ -1,4 +1,4 @@
-"""`vlmfilm export CHECKPOINT ADAPTER`: write the FiLM weights of a checkpoint to a small file."""
+"""`vlmfilm export CHECKPOINT WEIGHTS`: write the FiLM weights of a checkpoint to a small file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the command to the parser."""
     parser = subparsers.add_parser("export", help="write a checkpoint's FiLM weights alone to a safetensors file", description=__doc__)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("adapter", type=Path, help="the safetensors file to write")
+    parser.add_argument("weights", type=Path, help="the safetensors file to write")
     parser.add_argument("--layout", choices=LAYOUTS, default="own", help="port: the soft-seg port's names")
     parser.set_defaults(run=run)
 
@@ -22,6 +22,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the file and say what is in it."""
     from vlmfilm_plugin.checkpoints.film_weights import export_adapter
 
-    names = export_adapter(arguments.checkpoint, arguments.adapter, arguments.layout)
-    print(f"wrote {len(names)} tensors, {arguments.adapter.stat().st_size / 1e6:.2f} MB: {arguments.adapter}")
+    names = export_adapter(arguments.checkpoint, arguments.weights, arguments.layout)
+    print(f"wrote {len(names)} tensors, {arguments.weights.stat().st_size / 1e6:.2f} MB: {arguments.weights}")
     return 0

@@ -42,7 +42,7 @@ def cache_keys(batch: object, rows: int, *, dataset_root: str | os.PathLike[str]
         batch: what the host's data loader gave; anything, None included.
         rows: the number of rows of the UNet's input.
         dataset_root: names under it are made relative to it.
-        image: what fingerprints are taken of; default `batch["image"]`.
+        image: what content hashes are taken of; default `batch["image"]`.
 
     Shape:
         image: (rows, C, H, W), any dtype, any device.

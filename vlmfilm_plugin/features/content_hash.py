@@ -1,4 +1,4 @@
-"""Fingerprints: the name of an image that has none, taken from its content and its crop.
+"""Content hashes: the name of an image that has none, taken from its content and its crop.
 
 Tensors and arrays are duck-typed: torch is not imported.
 """
@@ -30,7 +30,7 @@ def content_hashes(image: object, splits: Sequence[str], crops: Sequence[bytes])
     digests = [_digest(image[row], crop) for row, crop in enumerate(crops)] if rows == len(crops) else []  # type: ignore[index]
     if rows is None or len(digests) != rows or not all(digests):
         raise ConditionError(
-            "cannot name the rows of this batch: no field names them, and no image can be fingerprinted",
+            "cannot name the rows of this batch: no field names them, and no image can be hashed",
             {"found": f"image {type(image).__name__} {getattr(image, 'shape', '')}".rstrip(), "expected": f"a tensor of {len(splits)} rows"},
             "give each row a name in batch['name'], or pass the image",
         )

@@ -70,7 +70,7 @@ class CacheStats:
 class FeatureProvider:
     """Give the features of images, encoding only what neither memory nor the store holds.
 
-    A deepcopy is the same object: a copied model shares its source and never copies an encoder.
+    A deepcopy is the same object: a copied model shares its provider and never copies an encoder.
 
     Raises:
         MissingFeatureError: a feature is missing and `on_missing_feature` is `error`.
@@ -92,9 +92,9 @@ class FeatureProvider:
     def from_settings(cls, settings: Settings) -> FeatureProvider:
         """Build encoder and store from settings; no weights are read."""
         store = FeatureStore(settings.cache_dir, settings.embedding_dtype)
-        source = cls(build_encoder(settings), store, on_missing=settings.on_missing_feature, dataset_root=settings.dataset_root)
-        source._settings = settings
-        return source
+        provider = cls(build_encoder(settings), store, on_missing=settings.on_missing_feature, dataset_root=settings.dataset_root)
+        provider._settings = settings
+        return provider
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FeatureProvider:
         return self

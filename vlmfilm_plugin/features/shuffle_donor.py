@@ -19,18 +19,18 @@ Donor = tuple[str, Tensor]
 
 
 class ShuffleDonors:
-    """Draw partners for the images of one source of features.
+    """Draw donors for the images of one feature provider.
 
     From the files of the host's data sets, those of the same folder first: then a draw depends on seed and data set alone. Where the
     host's data sets are not known, from what the store holds at the first draw. Another image has other bytes, whatever its key.
     """
 
-    def __init__(self, source: FeatureProvider) -> None:
-        self._source = source
+    def __init__(self, provider: FeatureProvider) -> None:
+        self._provider = provider
         self._pool: list[str] | None = None
 
     def draw(self, sample: Sample, seed: int, files: Mapping[str, Path | None]) -> Donor | None:
-        """Return a partner of `sample`; None where no other image is known.
+        """Return a donor for `sample`; None where no other image is known.
 
         Args:
             files: the untouched file behind each name, as the host's data sets know it.
@@ -48,13 +48,13 @@ class ShuffleDonors:
     def _first_file(self, files: list[tuple[str, Path]], digest: str | None) -> Donor | None:
         for name, path in files:
             if SourceStamp.of(path).digest != digest:
-                key = cache_keys({"name": [name]}, 1, dataset_root=self._source.dataset_root).keys[0]
+                key = cache_keys({"name": [name]}, 1, dataset_root=self._provider.dataset_root).keys[0]
                 other = Sample(key, path, lambda path=path: read_image(path))  # type: ignore[misc]
-                return key, self._source.get([other])[0]
+                return key, self._provider.get([other])[0]
         return None
 
     def _first_stored(self, sample: Sample, digest: str | None, order: random.Random) -> Donor | None:
-        store, identity = self._source.store, self._source.encoder.identity
+        store, identity = self._provider.store, self._provider.encoder.identity
         if self._pool is None:
             self._pool = store.keys(identity)
         split = sample.key.split(":", 1)[0]

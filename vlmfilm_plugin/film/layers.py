@@ -71,7 +71,7 @@ class ImageToConditionVector(nn.Module):
         use_layernorm: apply `ln`.
 
     Shape:
-        feature (B, F) -> cond_vec (B, D); differentiable in the projection, the feature itself is detached by its source.
+        feature (B, F) -> cond_vec (B, D); differentiable in the projection, the feature itself is detached by its provider.
 
     Raises:
         FeatureError: (a RuntimeError) the feature is not (B, feat_dim).

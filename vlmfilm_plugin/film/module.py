@@ -25,7 +25,7 @@ _warned_of_baseline: set[str] = set()
 class CompiledInputs:
     """Gamma and beta (R, C, 1, 1) of one block for the forward that runs now: where compiled code finds them.
 
-    A compiled block cannot look a frame up in Python; a tensor attribute of a fixed object is an input of its graph.
+    A compiled block cannot look a context up in Python; a tensor attribute of a fixed object is an input of its graph.
     """
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ class Target:
     path: str
 
 
-def match_targets(names: Iterable[str], pattern: str, *, owner: str, origin: str = "adapter") -> list[Target]:
+def match_targets(names: Iterable[str], pattern: str, *, owner: str, origin: str = "host adapter") -> list[Target]:
     """Match module paths against a pattern whose `*` stands for one path component, such as `ups.*.1`.
 
     Matches are numbered in the order of the numbers in their paths, so that `ups.10.1` follows `ups.9.1`.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,20 +18,17 @@ from vlmfilm_plugin.film.architecture import Architecture, Stage
 from vlmfilm_plugin.film.freezing import freeze_host
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
 from vlmfilm_plugin.film.targets import Target, match_targets, select_stages
+from vlmfilm_plugin.forward.handle import FilmHandle
 from vlmfilm_plugin.forward.module_hooks import CloseContext, ModulateBlock, OpenContext
 from vlmfilm_plugin.settings.layers import environment_layers, resolve
 from vlmfilm_plugin.settings.mode import read_mode
 from vlmfilm_plugin.settings.record import Settings
 
-if TYPE_CHECKING:
-    pass
-from vlmfilm_plugin.forward.handle import FilmHandle
-
 DEFAULT_TARGETS: Mapping[str, str] = {"post_block2": "ups.*.1", "post_block1": "ups.*.0"}
 
 
 def attach(unet: nn.Module, *, feature_dim: int | None = None, **settings: object) -> FilmHandle:
-    """Attach FiLM to a UNet by hand: for notebooks, and for hosts without an adapter.
+    """Attach FiLM to a UNet by hand: for notebooks, and for hosts without a host adapter.
 
     Args:
         unet: a module whose decoder blocks match `targets` (default `ups.*.1`, `ups.*.0` with `apply_point="post_block1"`).
@@ -111,7 +107,7 @@ def _plan(unet: nn.Module, settings: Settings, targets: Mapping[str, str], chann
             "correct `apply_point`",
         )
     modules = dict(unet.named_modules())
-    origin = settings.origin("targets") if settings.targets else "adapter"
+    origin = settings.origin("targets") if settings.targets else "host adapter"
     matched: list[Target] = match_targets(modules, pattern, owner=owner, origin=origin)
     matched = select_stages(matched, settings.decoder_stages, owner=owner, origin=settings.origin("decoder_stages"))
     return [Stage(t.index, t.path, (channels or output_channels)(modules[t.path])) for t in matched]
@@ -125,7 +121,7 @@ def output_channels(block: nn.Module) -> int:
         raise HostError(
             f"cannot tell the channels of a {type(block).__name__}",
             {"found": "no Conv2d in it", "expected": "a block of convolutions"},
-            "correct `targets`, or let the adapter state `channels`",
+            "correct `targets`, or let the host adapter state `channels`",
         )
     return convolutions[-1].out_channels
 

@@ -1,15 +1,15 @@
-"""How a condition reaches a block: conditions in force, and the frame of one UNet forward.
+"""How a condition reaches a block: conditions in force, and the context of one UNet forward.
 
 Notes
 -----
-1. A *condition* is in force around forwards (a step method, `handle.condition(...)`). A *frame* belongs to one UNet forward: the
+1. A *condition* is in force around forwards (a step method, `handle.condition(...)`). A *context* belongs to one UNet forward: the
    features of its rows, the step, the mode. Entering the UNet opens it, leaving it closes it, exceptions included.
-2. Autograd may run a block again inside `backward()`, on another thread, when the forward is over and another forward's frame is
-   the latest. So a function handed to `torch.utils.checkpoint.checkpoint` is bound to the frames of that moment (`bind`) and
+2. Autograd may run a block again inside `backward()`, on another thread, when the forward is over and another forward's context is
+   the latest. So a function handed to `torch.utils.checkpoint.checkpoint` is bound to the contexts of that moment (`bind`) and
    re-enters them whenever and wherever it runs. The stacks are thread-local: they are set by the code that then runs there.
-3. A frame re-entered by a bound function computes its projection anew: with reentrant checkpointing a shared graph would be run
+3. A context re-entered by a bound function computes its projection anew: with reentrant checkpointing a shared graph would be run
    backward through twice.
-4. A block that finds no frame raises. It never guesses.
+4. A block that finds no context raises. It never guesses.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class ForwardContext:
             inputs.is_gated = self.gate is not None
 
     def recomputing(self) -> ForwardContext:
-        """Return this frame for a function that autograd may run again: nothing is kept (note 3)."""
+        """Return this context for a function that autograd may run again: nothing is kept (note 3)."""
         return replace(self, shared=None, own=None)
 
 
@@ -111,7 +111,7 @@ class Condition(Protocol):
         """Tell whether this condition is meant for the UNet that holds `film`."""
 
     def open_context(self, film: FilmModule, x: Tensor, image: Tensor | None) -> ForwardContext:
-        """Return the frame of a forward with input x (R, ...) and condition image (R, C, h, w) or None."""
+        """Return the context of a forward with input x (R, ...) and condition image (R, C, h, w) or None."""
 
 
 class _Stacks(threading.local):
@@ -152,35 +152,35 @@ def batch_in_force() -> Condition | None:
     return next((condition for condition in reversed(stacks.conditions) if condition.is_for_all), None)
 
 
-def push_context(frame: ForwardContext) -> None:
-    """Open a frame; `pop_context` of the same UNet closes it."""
-    stacks.contexts.append(frame)
+def push_context(context: ForwardContext) -> None:
+    """Open a context; `pop_context` of the same UNet closes it."""
+    stacks.contexts.append(context)
 
 
 def pop_context(film: FilmModule) -> ForwardContext | None:
-    """Close the innermost frame of `film` and return it; nothing happens where none is open."""
+    """Close the innermost context of `film` and return it; nothing happens where none is open."""
     for position in range(len(stacks.contexts) - 1, -1, -1):
         if stacks.contexts[position].film is film:
-            frame = stacks.contexts[position]
+            context = stacks.contexts[position]
             del stacks.contexts[position:]
-            return frame
+            return context
     return None
 
 
 def context_of(film: FilmModule, path: str) -> ForwardContext:
-    """Return the innermost open frame of `film`.
+    """Return the innermost open context of `film`.
 
     Raises:
-        ConditionError: a block ran outside its UNet's forward, or again inside `backward()` without its frame.
+        ConditionError: a block ran outside its UNet's forward, or again inside `backward()` without its context.
     """
-    for frame in reversed(stacks.contexts):
-        if frame.film is film:
-            return frame
+    for context in reversed(stacks.contexts):
+        if context.film is film:
+            return context
     raise ConditionError(
         f"block {path!r} ran without the condition of a UNet forward",
         {
             "likely": "the UNet's forward was called directly instead of the UNet, or activation checkpointing ran the block again in backward()",
             "expected": "the block runs inside a call of its UNet",
         },
-        "call `unet(...)`; where a host checkpoints its blocks, its adapter names that in `HostSpec.recompute`",
+        "call `unet(...)`; where a host checkpoints its blocks, its host adapter names that in `HostSpec.recompute`",
     )

@@ -32,7 +32,7 @@ class FilmHandle:
     def __init__(self, unet: nn.Module, film: FilmModule, settings: Settings, undo: list[Callable[[], None]]) -> None:
         self.unet, self.film, self.settings = unet, film, settings
         self._undo = undo
-        self._source: FeatureProvider | None = None
+        self._provider: FeatureProvider | None = None
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -85,9 +85,9 @@ class FilmHandle:
     def _feature_provider(self) -> FeatureProvider:
         from vlmfilm_plugin.features.provider import FeatureProvider
 
-        if self._source is None:
-            self._source = FeatureProvider.from_settings(self.settings)
-        return self._source
+        if self._provider is None:
+            self._provider = FeatureProvider.from_settings(self.settings)
+        return self._provider
 
     def remove(self) -> None:
         """Restore the module exactly as it was; a second call does nothing."""

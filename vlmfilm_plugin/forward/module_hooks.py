@@ -1,4 +1,4 @@
-"""The hooks on a UNet and its decoder blocks: open the frame, modulate, close the frame.
+"""The hooks on a UNet and its decoder blocks: open the context, modulate, close the context.
 
 Instances, not closures: a deepcopied or unpickled UNet's hooks point at its own heads. Nothing here reaches an encoder.
 """
@@ -44,16 +44,16 @@ class OpenContext:
     def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         film = getattr(unet, ATTRIBUTE)
         try:
-            frame = self._frame(unet, film, {**dict(zip(self.arguments, args, strict=False)), **kwargs})
+            context = self._context_for(unet, film, {**dict(zip(self.arguments, args, strict=False)), **kwargs})
             if film.mode != "off":
-                frame.prepare()
+                context.prepare()
         except Exception:
-            # The closing hook runs all the same: it must close this forward's frame, not that of an outer one.
+            # The closing hook runs all the same: it must close this forward's context, not that of an outer one.
             conditioning.push_context(ForwardContext(film, None))
             raise
-        conditioning.push_context(frame)
+        conditioning.push_context(context)
 
-    def _frame(self, unet: nn.Module, film: FilmModule, arguments: Mapping[str, Any]) -> ForwardContext:
+    def _context_for(self, unet: nn.Module, film: FilmModule, arguments: Mapping[str, Any]) -> ForwardContext:
         mode = os.environ.get(MODE_VARIABLE, film.mode) if film.is_unpickled else film.mode
         if mode != film.mode:
             raise SettingsError(
@@ -67,7 +67,7 @@ class OpenContext:
         if condition is None:
             raise ConditionError(
                 f"{type(unet).__name__} was called with no condition in force",
-                {"mode": film.mode, "expected": "a call inside a step method that an adapter publishes, or inside `handle.condition(...)`"},
+                {"mode": film.mode, "expected": "a call inside a step method that a host adapter publishes, or inside `handle.condition(...)`"},
                 "wrap the call: `with vlmfilm_plugin.running_batch(batch, phase=...):` or `with handle.condition(features=...):`",
             )
         name = next((name for name in self.arguments[:1] if name in arguments), next(iter(arguments)))
@@ -80,11 +80,11 @@ class CloseContext:
     @_uncompiled
     def __call__(self, unet: nn.Module, args: Any, output: Any) -> None:
         film = getattr(unet, ATTRIBUTE)
-        frame = conditioning.pop_context(film)
+        context = conditioning.pop_context(film)
         has_run = [inputs.close() for inputs in film.compiled_inputs]
-        if frame is None or output is None:
+        if context is None or output is None:
             return
-        idle = [stage for head, stage in enumerate(film.architecture.stages) if not (has_run[head] or head in frame.ran)]
+        idle = [stage for head, stage in enumerate(film.architecture.stages) if not (has_run[head] or head in context.ran)]
         if not idle:
             return
         raise HostError(
@@ -106,7 +106,7 @@ class ModulateBlock:
 
     def __call__(self, block: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         if torch.compiler.is_compiling() and not self.inputs.is_gated:
-            # A frame cannot be looked up from compiled code; the open frame has left gamma and beta in the inputs.
+            # A context cannot be looked up from compiled code; the open context has left gamma and beta in the inputs.
             self.inputs.has_run = True
             return None if self.film.mode == "off" else modulate(output, self.inputs.gamma, self.inputs.beta)  # type: ignore[arg-type]
         return self._modulate(output)
@@ -114,26 +114,26 @@ class ModulateBlock:
     @_uncompiled
     def _modulate(self, output: Tensor) -> Tensor | None:
         stage = self.film.architecture.stages[self.head]
-        frame = conditioning.context_of(self.film, stage.path)
-        frame.ran.add(self.head)
+        context = conditioning.context_of(self.film, stage.path)
+        context.ran.add(self.head)
         if self.film.mode == "off":
-            if frame.recorder is not None:
-                _assert_identity(output, stage, frame)
+            if context.recorder is not None:
+                _assert_identity(output, stage, context)
             return None
-        gamma, beta = frame.gamma_beta(self.head)
+        gamma, beta = context.gamma_beta(self.head)
         if gamma.shape[:2] != output.shape[:2]:
             raise ConditionError(
                 f"cannot modulate block {stage.path!r}: gamma does not fit its output",
                 {"gamma": tuple(gamma.shape), "output": tuple(output.shape), "expected": "equal rows and channels"},
                 "pass one feature a row of the UNet's input",
             )
-        result = frame.gated(output, modulate(output, gamma, beta))
-        if frame.recorder is not None:
-            frame.recorder.record(stage.index, output, result, gamma, beta, frame.cond_vec())
+        result = context.gated(output, modulate(output, gamma, beta))
+        if context.recorder is not None:
+            context.recorder.record(stage.index, output, result, gamma, beta, context.cond_vec())
         return result
 
 
-def _assert_identity(x: Tensor, stage: Stage, frame: ForwardContext) -> None:
+def _assert_identity(x: Tensor, stage: Stage, context: ForwardContext) -> None:
     """Check on a logged step that gamma 1 and beta 0 leave x alone to the bit."""
     gamma, beta = identity_for(x)
     y = modulate(x, gamma, beta)
@@ -143,5 +143,5 @@ def _assert_identity(x: Tensor, stage: Stage, frame: ForwardContext) -> None:
             {"found": "gamma 1, beta 0 is not the identity here", "dtype": x.dtype},
             "report this",
         )
-    if frame.recorder is not None:
-        frame.recorder.record(stage.index, x, y, gamma, beta, None)
+    if context.recorder is not None:
+        context.recorder.record(stage.index, x, y, gamma, beta, None)

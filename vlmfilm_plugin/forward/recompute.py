@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from vlmfilm_plugin.errors import ConditionError
-
-if TYPE_CHECKING:
-    pass
 from vlmfilm_plugin.forward.context import stacks
 
 P = ParamSpec("P")
@@ -18,14 +15,14 @@ R = TypeVar("R")
 
 
 def bind(function: Callable[P, R]) -> Callable[P, R]:
-    """Return `function` bound to the frames open now: it re-enters them whenever and on whichever thread it runs."""
+    """Return `function` bound to the contexts open now: it re-enters them whenever and on whichever thread it runs."""
     if not stacks.contexts:
         return function
-    bound = [frame.recomputing() for frame in stacks.contexts]
+    bound = [context.recomputing() for context in stacks.contexts]
 
     @functools.wraps(function)
     def rerun(*args: P.args, **kwargs: P.kwargs) -> R:
-        if any(frame.film.is_removed for frame in bound):
+        if any(context.film.is_removed for context in bound):
             raise ConditionError(
                 "a block is run again in backward(), but FiLM was removed from its UNet in between",
                 {"expected": "backward() before `handle.remove()`"},

@@ -1,6 +1,6 @@
 """Activation: from a started process to patched hosts. Imports neither torch nor a host; both come later, if at all.
 
-Order: mode checked -> adapters found by entry point -> each host module watched -> recognised by structure -> patched.
+Order: mode checked -> host adapters found by entry point -> each host module watched -> recognised by structure -> patched.
 A host that is recognised while something is wrong stops the process: SystemExit, since an exception in a post-import hook fails
 the import once and lets a retry run unpatched, and since hosts catch `Exception`.
 """
@@ -52,7 +52,7 @@ class Activation:
             self.error = error
 
     def watch(self) -> None:
-        """Watch every host module that an adapter names; what is imported already is patched now. Done once, unless it was refused."""
+        """Watch every host module that a host adapter names; what is imported already is patched now. Done once, unless it was refused."""
         if self._is_watching:
             return
         adapters: dict[str, list[EntryPoint]] = {}
@@ -77,7 +77,7 @@ class Activation:
 
     @property
     def registry(self) -> AdapterRegistry:
-        """Return the adapters."""
+        """Return the host adapters."""
         if self._registry is None:
             from vlmfilm_plugin.hosts.registry import AdapterRegistry
 
@@ -94,7 +94,7 @@ class Activation:
             for adapter in adapters:
                 self.registry.load(adapter)
             for broken, error in self.registry.failures[known:]:
-                _say(f"adapter {broken} cannot be loaded: {type(error).__name__}: {error}")
+                _say(f"host adapter {broken} cannot be loaded: {type(error).__name__}: {error}")
             spec = self.registry.recognise(module)
             if spec is None:
                 self.seen[name] = "its structure is not that of a known host"

@@ -7,12 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import wrapt
-
-if TYPE_CHECKING:
-    pass
 
 
 def when_ready(name: str, callback: Callable[[ModuleType], None]) -> None:

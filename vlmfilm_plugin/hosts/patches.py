@@ -1,4 +1,4 @@
-"""Patch the hosts that adapters describe, with wrapt: in place, once, signatures kept. The only file that wraps a host's functions."""
+"""Patch what host adapters describe, with wrapt: in place, once, signatures kept. The only file that wraps a host's functions."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def patch_host(module: ModuleType, spec: HostSpec, runtime: Runtime) -> None:
         _once(model, "model", lambda model=model: _patch_model(model, spec.name, runtime))  # type: ignore[misc]
     for config in spec.configs:
         _once(config.cls, f"config {config.method}", lambda config=config: _patch_config(config, runtime))  # type: ignore[misc]
-    for sources in spec.image_files:
-        _once(sources.cls, "sources", lambda sources=sources: _patch_image_files(sources, runtime))  # type: ignore[misc]
+    for image_files in spec.image_files:
+        _once(image_files.cls, "image_files", lambda image_files=image_files: _patch_image_files(image_files, runtime))  # type: ignore[misc]
     for name in spec.recompute:
         # `from torch.utils import checkpoint` would be a module: its calls are not seen, and a recomputed block then raises.
         function = vars(module).get(name)

@@ -1,45 +1,39 @@
-"""Load adapters and patch the hosts they describe, with wrapt: in place, once, signatures kept.
-
-The only file that wraps a host's functions. An adapter says what; see `hookspecs`.
-"""
+"""Host adapters by entry point: loaded one by one, asked what they say of a module or a configuration. Patches nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pluggy
 
-from vlmfilm_plugin import host_spec as hookspecs
+from vlmfilm_plugin import host_spec
 from vlmfilm_plugin.errors import HostError
 from vlmfilm_plugin.host_spec import HostSpec, Listing
 
-if TYPE_CHECKING:
-    pass
-
 
 class AdapterRegistry:
-    """Adapters by entry point: loaded one by one, when their host module shows up.
+    """Host adapters by entry point: loaded one by one, when their host module shows up.
 
     `failures` holds what could not be loaded: (entry point name, error).
     """
 
     def __init__(self) -> None:
-        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
-        self._manager.add_hookspecs(hookspecs)
+        self._manager = pluggy.PluginManager(host_spec.PROJECT)
+        self._manager.add_hookspecs(host_spec)
         self.failures: list[tuple[str, BaseException]] = []
 
     def load(self, entry_point: EntryPoint) -> None:
-        """Load one adapter; a broken one is noted and the others go on."""
+        """Load one host adapter; a broken one is noted and the others go on."""
         try:
             self.register(entry_point.load())
         except Exception as error:
             self.failures.append((f"{entry_point.name} = {entry_point.value}", error))
 
     def register(self, adapter: Any) -> None:
-        """Register an adapter: any object or module with a `vlmfilm_host` hook.
+        """Register a host adapter: any object or module with a `vlmfilm_host` hook.
 
         Raises:
             HostError: it has no such hook, or a misspelt one.
@@ -56,27 +50,27 @@ class AdapterRegistry:
             if self._manager.is_registered(adapter):
                 self._manager.unregister(adapter)
             raise HostError(
-                f"cannot use adapter {getattr(adapter, '__name__', adapter)!r}",
+                f"cannot use host adapter {getattr(adapter, '__name__', adapter)!r}",
                 {"found": error, "expected": "a function `vlmfilm_host(module)` marked with `vlmfilm_plugin.hookimpl`"},
-                "correct the adapter",
+                "correct the host adapter",
             ) from error
 
     def recognise(self, module: ModuleType) -> HostSpec | None:
-        """Return what the one adapter that recognises `module` says of it, or None.
+        """Return what the one host adapter that recognises `module` says of it, or None.
 
         Raises:
-            HostError: more than one adapter recognises it.
+            HostError: more than one host adapter recognises it.
         """
         specs: Sequence[HostSpec] = self._manager.hook.vlmfilm_host(module=module)
         if len(specs) > 1:
             raise HostError(
-                f"more than one adapter recognises {module.__name__}",
+                f"more than one host adapter recognises {module.__name__}",
                 {"found": ", ".join(spec.name for spec in specs), "expected": "one"},
                 "uninstall all but one of them",
             )
         return specs[0] if specs else None
 
     def listings(self, config: Mapping[str, Any], splits: Sequence[str]) -> list[Listing]:
-        """Return what each adapter that knows this host configuration lists of these splits."""
+        """Return what each host adapter that knows this host configuration lists of these splits."""
         found: list[Listing] = self._manager.hook.vlmfilm_listing(config=config, splits=tuple(splits))
         return found

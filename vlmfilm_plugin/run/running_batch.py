@@ -63,7 +63,7 @@ class RunningBatch:
         return True
 
     def open_context(self, film: FilmModule, x: Tensor, image: Tensor | None) -> ForwardContext:
-        """Return the frame of a forward; in evaluation what was computed for a batch is kept for all its forwards."""
+        """Return the context of a forward; in evaluation what was computed for a batch is kept for all its forwards."""
         if film.mode == "off":
             return ForwardContext(film, None, recorder=self._recorder(film))
         gate = self._gate(film, x, image)
@@ -74,12 +74,12 @@ class RunningBatch:
         self._forget_if_changed(film)
         key = (id(film), x.shape[0], x.device, id(index))
         if key not in self._kept:
-            shared = next((frame.shared for (owner, *_), frame in self._kept.items() if owner == id(film)), {})
+            shared = next((context.shared for (owner, *_), context in self._kept.items() if owner == id(film)), {})
             self._kept[key] = ForwardContext(film, features, index, shared=shared)
-        frame = self._kept[key]
-        frame.recorder, frame.gate = self._recorder(film), gate
-        frame.ran.clear()
-        return frame
+        context = self._kept[key]
+        context.recorder, context.gate = self._recorder(film), gate
+        context.ran.clear()
+        return context
 
     def _forget_if_changed(self, film: FilmModule) -> None:
         """Forget what was kept for a UNet whose FiLM weights changed inside the batch, such as by an EMA swapped in for one forward.
@@ -100,7 +100,7 @@ class RunningBatch:
         return None if gate is None else check_gate(gate(GateView(x, image, self._batch, self.phase)), x)
 
     def _recorder(self, film: FilmModule) -> StageRecorder | None:
-        if not self._is_logged or film.family in self._recorded:
+        if not self._is_logged or film.film_id in self._recorded:
             return None
         self._recorded.add(film.film_id)
         facts = self._facts or StepFacts(
@@ -143,11 +143,11 @@ class RunningBatch:
         return self._features[key]
 
     def _look_up(self, film: FilmModule) -> Tensor:
-        runtime, source = self._runtime, self._runtime.provider_for(film)
+        runtime, provider = self._runtime, self._runtime.provider_for(film)
         if self.phase == "train":
-            source.enter_epoch(self.epoch)
-        before = _copy(source.stats)
-        samples = source.samples_of(self._batch, self.image, self._value_range, runtime.files)
+            provider.enter_epoch(self.epoch)
+        before = _copy(provider.stats)
+        samples = provider.samples_of(self._batch, self.image, self._value_range, runtime.files)
         keys = [sample.key for sample in samples]
         if not all(sample.path for sample in samples):
             runtime.warn_of_tensors(self.phase)
@@ -158,14 +158,14 @@ class RunningBatch:
             used = [strategy.held_key or ""] * len(samples)
         else:
             chosen = [samples[row] for row in choice.rows]
-            features = source.get(chosen)
+            features = provider.get(chosen)
             if is_train and strategy.batch_strategy != "per_sample":
                 runtime.hold(film, features[:1].clone())
             used = [sample.key for sample in chosen]
         permutation: list[int] | None = None
         if film.mode == "shuffle":
-            features, permutation = self._shuffle(source, samples, used, features)
-        runtime.diagnostics.cache_stats(self.step, source.stats)
+            features, permutation = self._shuffle(provider, samples, used, features)
+        runtime.diagnostics.cache_stats(self.step, provider.stats)
         self._facts = StepFacts(
             self.phase,
             self.step,
@@ -176,24 +176,24 @@ class RunningBatch:
             film.architecture.apply_point,
             "text" if film.architecture.is_text else "image",
             keys,
-            _difference(source.stats, before),
+            _difference(provider.stats, before),
             len({sample.path is None for sample in samples}) > 1,
             permutation,
         )
         return features
 
-    def _shuffle(self, source: FeatureProvider, samples: list[Sample], keys: list[str], features: Tensor) -> tuple[Tensor, list[int]]:
+    def _shuffle(self, provider: FeatureProvider, samples: list[Sample], keys: list[str], features: Tensor) -> tuple[Tensor, list[int]]:
         """Return features of other images: permuted by the step alone, or, where all rows have one image's, another's from the store."""
         step = self.step or 0
         permutation = exchange(keys, step)
         if permutation is not None:
             self._runtime.diagnostics.shuffled(self.phase, self.epoch, permutation)
             return features[permutation], permutation
-        drawn = self._runtime.donors_for(source).draw(samples[0], step * 1_000_003 + (self.batch_idx or 0), self._runtime.files)
+        drawn = self._runtime.donors_for(provider).draw(samples[0], step * 1_000_003 + (self.batch_idx or 0), self._runtime.files)
         if drawn is None:
             raise ConditionError(
                 "cannot shuffle a batch of one image: the store holds no other image's feature",
-                {"image": keys[0], "store": source.store.path, "expected": "at least one other feature of this encoder"},
+                {"image": keys[0], "store": provider.store.path, "expected": "at least one other feature of this encoder"},
                 f"run {MODE_VARIABLE}=on over the data first, or use a batch size of 2 or more",
             )
         self._runtime.diagnostics.shuffled(self.phase, self.epoch, [0], f" batch of one image: {keys[0]} is conditioned on {drawn[0]}")
@@ -212,7 +212,7 @@ def image_of(batch: Any) -> Tensor:
         raise ConditionError(
             "cannot find the images of this batch",
             {"batch": type(batch).__name__, "found": f"{found} at 'image'", "expected": "a mapping with a tensor (B, C, H, W) at 'image'"},
-            "let the adapter's `Steps.batch` return such a mapping",
+            "let the host adapter's `Steps.batch` return such a mapping",
         )
     return image
 

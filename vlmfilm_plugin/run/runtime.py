@@ -1,6 +1,6 @@
 """The runtime: the one place that puts the parts together for a host's run.
 
-Holds mode, settings, feature sources and diagnostics. Adapters describe, `hosts` patches, the patches call this.
+Holds mode, settings, feature providers and diagnostics. Host adapters describe, `hosts` patches, the patches call this.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Runtime:
         self.mode, self._environ, self._base_dir = mode, dict(environ), base_dir
         self._host_layers: list[Layer] = []
         self._facts: CheckpointFacts | None = None
-        self._sources: dict[tuple[str | None, ...], FeatureProvider] = {}
-        self._partners: dict[FeatureProvider, ShuffleDonors] = {}
+        self._providers: dict[tuple[str | None, ...], FeatureProvider] = {}
+        self._donors: dict[FeatureProvider, ShuffleDonors] = {}
         self._strategies: WeakKeyDictionary[FilmModule, BatchStrategy] = WeakKeyDictionary()
         self._held: WeakKeyDictionary[FilmModule, Tensor] = WeakKeyDictionary()
         self._counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         # By `film_id`: a UNet and its copies. A process may load several checkpoints, each with settings of its own.
-        self._settings_by_family: dict[str, Settings] = {}
+        self._settings_by_film_id: dict[str, Settings] = {}
         self._warned_of_tensors: set[str] = set()
         self._settings: Settings | None = None
         self._diagnostics: Diagnostics | None = None
@@ -121,7 +121,7 @@ class Runtime:
             refuse_changed_mode(self._environ[MODE_VARIABLE])
         handle = install(unet, settings, self.mode, targets=spec.targets, channels=spec.channels, condition=spec.condition)
         self.attached += 1
-        self._settings_by_family[handle.film.film_id] = settings
+        self._settings_by_film_id[handle.film.film_id] = settings
         stages = ", ".join(f"{stage.index} ({stage.path}, {stage.channels})" for stage in handle.stages)
         film_logger().info(
             "[VLM] FiLM attached: mode=%s encoder=%s unet=%s apply_point=%s stages=%s",
@@ -229,34 +229,34 @@ class Runtime:
         )
 
     def provider_for(self, film: FilmModule) -> FeatureProvider:
-        """Return the source of features of this FiLM's encoder.
+        """Return the feature provider of this FiLM's encoder.
 
         Raises:
             EncoderError: the encoder that the settings name now is not the one FiLM was built for (its files changed).
         """
         settings = self.settings_of(film)
         key = (film.architecture.fingerprint, settings.cache_dir, settings.embedding_dtype, settings.on_missing_feature, settings.dataset_root)
-        if key not in self._sources:
-            source = FeatureProvider.from_settings(settings)
-            found = source.encoder.identity.fingerprint
+        if key not in self._providers:
+            provider = FeatureProvider.from_settings(settings)
+            found = provider.encoder.identity.fingerprint
             if found != film.architecture.fingerprint:
                 raise EncoderError(
                     "the encoder is not the one FiLM was built for",
                     {"found": found, "expected": film.architecture.fingerprint, "model_name": settings.model_name},
                     "restart the run: the model's files changed while it was running",
                 )
-            self._sources[key] = source
-        return self._sources[key]
+            self._providers[key] = provider
+        return self._providers[key]
 
-    def donors_for(self, source: FeatureProvider) -> ShuffleDonors:
-        """Return what draws partners for images that are alone in their batch."""
-        if source not in self._partners:
-            self._partners[source] = ShuffleDonors(source)
-        return self._partners[source]
+    def donors_for(self, provider: FeatureProvider) -> ShuffleDonors:
+        """Return what draws donors for images that are alone in their batch."""
+        if provider not in self._donors:
+            self._donors[provider] = ShuffleDonors(provider)
+        return self._donors[provider]
 
     def settings_of(self, film: FilmModule) -> Settings:
         """Return the settings that a UNet's FiLM was built with; those of this run for one that came by another way (unpickled)."""
-        return self._settings_by_family.get(film.film_id, self.settings)
+        return self._settings_by_film_id.get(film.film_id, self.settings)
 
     def strategy_for(self, film: FilmModule) -> BatchStrategy:
         """Return the strategy that chooses what this UNet's batches are conditioned on."""

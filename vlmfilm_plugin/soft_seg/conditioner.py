@@ -64,12 +64,12 @@ class VLMConditioner(nn.Module):
         self.settings = resolve([("argument", given)])
         if not enabled:
             return
-        self._source = FeatureProvider.from_settings(self.settings)
+        self._provider = FeatureProvider.from_settings(self.settings)
         self._prompted: dict[str, FeatureProvider] = {}
         # By prompt: what is held for one prompt says nothing of another.
         self._strategies: dict[str | None, BatchStrategy] = {}
         self._held: dict[str | None, Tensor] = {}
-        feature_dim = self._source.encoder.feature_dim
+        feature_dim = self._provider.encoder.feature_dim
         if use_text_prompt_cond:
             self.text_to_cond = TextToConditionVector(feature_dim, cond_dim, text_mlp_hidden_dim)
         else:
@@ -107,15 +107,15 @@ class VLMConditioner(nn.Module):
             facts = {"shape": tuple(image.shape), "expected": "(B, C, H, W)"}
             raise ConditionError("cannot condition on this tensor", facts, "add the batch dimension")
         keys, key_source = self._keys(image, image_id, batch)
-        s, source = self.settings, self._provider_for(prompt)
+        s, provider = self.settings, self._provider_for(prompt)
         strategy = self._strategies.setdefault(prompt, BatchStrategy(s.batch_strategy, s.reuse_policy, s.update_interval_steps_train))
         choice = strategy.choose(keys, global_step, is_train)
         if choice.rows is None:
             features = self._held[prompt].expand(len(keys), -1)
         else:
             # By file where one is found, else by content: a crop's feature is never kept under its file's name.
-            samples = source.samples_of(batch, image, self.value_range)
-            features = source.get([samples[row] for row in choice.rows])
+            samples = provider.samples_of(batch, image, self.value_range)
+            features = provider.get([samples[row] for row in choice.rows])
             if is_train:
                 self._held[prompt] = features[:1].clone()
         projection = self.text_to_cond if self.settings.use_text_prompt_cond else self.image_to_cond
@@ -123,7 +123,7 @@ class VLMConditioner(nn.Module):
         if self.settings.verbose_debug:
             film_logger().info("[VLM] cache_key_example: %s", keys[0])
             film_logger().info("[VLM] cache_key_source: %s", key_source)
-        debug = {"keys": keys, "cache_key_example": keys[0], "cache_key_source": key_source, "cache": str(source.stats), "step": global_step}
+        debug = {"keys": keys, "cache_key_example": keys[0], "cache_key_source": key_source, "cache": str(provider.stats), "step": global_step}
         return {"cond_vec": cond_vec, "_dbg": debug}
 
     def _keys(self, image: Tensor, image_id: str | Sequence[str] | None, batch: Any) -> tuple[list[str], str]:
@@ -138,7 +138,7 @@ class VLMConditioner(nn.Module):
 
     def _provider_for(self, prompt: str | None) -> FeatureProvider:
         if prompt is None or not self.settings.use_text_prompt_cond:
-            return self._source
+            return self._provider
         if prompt not in self._prompted:
             given = {**self.settings.as_dict(), "prompt_template": prompt}
             self._prompted[prompt] = FeatureProvider.from_settings(resolve([("argument", given)]))

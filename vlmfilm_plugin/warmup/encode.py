@@ -47,7 +47,7 @@ def warmup_vlm_cache(
     Under `torchrun` or `accelerate launch` every process takes its share of the images; all return the same report.
 
     Args:
-        config: the host's YAML file or its content, a folder, or a list of images (see `warmup_sources.read_plan`).
+        config: the host's YAML file or its content, a folder, or a list of images (see `image_list.read_plan`).
         splits: which splits to encode.
         show_progress: a bar on stderr for each process.
         settings: any setting by name; stronger than the environment and the host's configuration.
@@ -107,10 +107,10 @@ def _settings(plan: Plan, given: Mapping[str, object]) -> Settings:
 class _Warmup:
     """One process's share of a warm-up."""
 
-    def __init__(self, source: FeatureProvider, batch_size: int, readers: int, progress: WarmupProgress) -> None:
-        self._source, self._batch_size, self._progress = source, batch_size, progress
+    def __init__(self, provider: FeatureProvider, batch_size: int, readers: int, progress: WarmupProgress) -> None:
+        self._provider, self._batch_size, self._progress = provider, batch_size, progress
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="vlmfilm-read")
-        self._report = WarmupReport(stores=[str(source.store.path)])
+        self._report = WarmupReport(stores=[str(provider.store.path)])
 
     def run(self, samples: Sequence[Sample]) -> WarmupReport:
         """Encode what is missing: while a group is encoded, the next one is read."""
@@ -157,7 +157,7 @@ class _Warmup:
                 else:
                     facts = {"file": sample.path, "expected": "an image file"}
                     self._fail(sample, ImageReadError(f"cannot read image {sample.path}", facts, "correct the path, or restore the file"))
-            found = self._source.find(part)
+            found = self._provider.find(part)
             self._report.hits += len(found)
             self._progress.add(hits=len(found))
             yield from (sample for sample in part if sample.key not in found)
@@ -176,9 +176,9 @@ class _Warmup:
         if not read:
             return
         try:
-            self._source.encode([sample for sample, _, _ in read], [stamp for _, stamp, _ in read], [picture for _, _, picture in read])
+            self._provider.encode([sample for sample, _, _ in read], [stamp for _, stamp, _ in read], [picture for _, _, picture in read])
         except (EncoderError, FeatureError) as error:
-            if isinstance(error, EncoderError) and not self._source.encoder.is_loaded and not self._report.encoded:
+            if isinstance(error, EncoderError) and not self._provider.encoder.is_loaded and not self._report.encoded:
                 raise  # the encoder itself cannot be loaded
             if len(read) == 1:
                 self._fail(read[0][0], error)

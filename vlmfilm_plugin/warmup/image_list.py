@@ -1,6 +1,6 @@
 """Which images to encode before training, and the cache keys that training will look them up by.
 
-A host's configuration (through its adapter), a folder, or a list. Keys come from the very rules a batch is named by. Reads no image.
+A host's configuration (through its host adapter), a folder, or a list. Keys come from the very rules a batch is named by. Reads no image.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def read_plan(source: str | os.PathLike[str] | Mapping[str, Any], splits: Sequen
 
     Raises:
         SettingsError: the source cannot be read, or there is nothing to encode.
-        HostError: no adapter, or more than one, can list the images of this configuration.
+        HostError: no host adapter, or more than one, can list the images of this configuration.
     """
     if isinstance(source, Mapping):
         plan = _host_plan(source, splits, "the given configuration")
@@ -107,13 +107,13 @@ def _host_plan(config: Mapping[str, Any], splits: Sequence[str], origin: str) ->
     registry = AdapterRegistry()
     for _, entry in sorted({entry.value: entry for entry in entry_points(group=ENTRY_POINTS)}.items()):
         registry.load(entry)
-    # A broken adapter of another host must not stop this one.
+    # A broken host adapter of another host must not stop this one.
     for name, error in registry.failures:
-        logger.warning("adapter %s cannot be loaded: %s: %s", name, type(error).__name__, error)
+        logger.warning("host adapter %s cannot be loaded: %s: %s", name, type(error).__name__, error)
     found = registry.listings(config, splits)
     if len(found) != 1:
         hosts = ", ".join(listing.host for listing in found) or "none"
-        facts = {"configuration": origin, "adapters that know it": hosts, "expected": "exactly one, with a `vlmfilm_listing` hook"}
+        facts = {"configuration": origin, "host adapters that know it": hosts, "expected": "exactly one, with a `vlmfilm_listing` hook"}
         raise HostError("cannot list the images of this configuration", facts, "give a folder or a list of images instead")
     listing = found[0]
     return Plan(origin, [Entry(Path(image.path), image.fields) for image in listing.images], listing.settings, listing.resume)
