@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,12 +149,12 @@ class _Run:
 
     def train(self, name: str, mode: str | None) -> None:
         """Run the host's training with the config `name`."""
-        self._script(f"train {name}", mode, "train.py", "--config", self.root / f"{name}.yaml")
+        self._script(f"train {name}", mode, ["train.py", "--config", self.root / f"{name}.yaml"])
 
     def evaluate(self, label: str, name: str, mode: str | None) -> Score:
         """Run the host's evaluation on the checkpoint of training `name`."""
         checkpoint, output = self.root / "runs" / name / "checkpoints" / "last.ckpt", self.root / "results" / label
-        self._script(f"evaluate {label}", mode, "evaluate.py", "--data", "angio", "--models", ARCH, "--checkpoint", checkpoint, "--output", output)
+        self._script(f"evaluate {label}", mode, ["evaluate.py", "--data", "angio", "--models", ARCH, "--checkpoint", checkpoint, "--output", output])
         metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
         return Score(metrics["dice"], metrics["iou"])
 
@@ -167,9 +167,9 @@ class _Run:
             env.update({MODE_VARIABLE: mode, "VLM_FILM_ENCODER": "descriptor", "VLM_FILM_CACHE_DIR": str(self.root / "cache")})
         return env
 
-    def _script(self, step: str, mode: str | None, script: str, *arguments: object) -> None:
+    def _script(self, step: str, mode: str | None, arguments: Sequence[object]) -> None:
         log = self.root / "logs" / f"{step.replace(' ', '_')}.log"
-        command = [sys.executable, f"scripts/{script}", *map(str, arguments)]
+        command = [sys.executable, f"scripts/{arguments[0]}", *map(str, arguments[1:])]
         self.say(f"{step:<17} {MODE_VARIABLE}={mode or '(unset)'} ...")
         start = time.monotonic()
         with log.open("w", encoding="utf-8") as stream:
