@@ -53,7 +53,7 @@ class Questionnaire:
 
 def shipped() -> dict[str, Any]:
     """Return name -> file of the questionnaires that come with the package."""
-    folder = files("vlmfilm_plugin.encoders.base").joinpath("questionnaires")
+    folder = files("vlmfilm_plugin.encoders").joinpath("questionnaires")
     return {Path(file.name).stem: file for file in folder.iterdir() if file.name.endswith(".yaml")}
 
 
