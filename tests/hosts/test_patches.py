@@ -253,7 +253,7 @@ def test_a_callers_own_condition_wins_over_the_batch(tmp_path: Path) -> None:
     with torch.no_grad():
         b = model.validation_step(batch(1))
     assert not torch.equal(a, b)
-    assert len(run._providers) == 1
+    assert run.states.of(model.net.vlm_film).provider.stats.total == 1
 
 
 def test_anothers_condition_does_not_keep_a_batch_from_its_own_unet(tmp_path: Path) -> None:
@@ -273,12 +273,12 @@ def test_a_validation_between_two_steps_does_not_replace_what_training_holds(str
     model = host.Model()
     model.training_step(batch(seed=0))
     film = model.net.vlm_film
-    held = run.held(film).clone()
+    held = run.states.of(film).lookup.held.clone()
     with torch.inference_mode():
         model.validation_step(batch(1, seed=8))
     model.global_step = 1
     loss = model.training_step(batch(seed=1))
-    assert torch.equal(run.held(film), held)
+    assert torch.equal(run.states.of(film).lookup.held, held)
     loss.backward()
 
 

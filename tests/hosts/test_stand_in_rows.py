@@ -234,7 +234,7 @@ try:
 except Exception as error:
     print(type(error).__name__, error)
 from vlmfilm_plugin.hosts import activation
-source = activation.current().runtime.provider_for(film)
+source = activation.current().runtime.states.of(film).provider
 source.get(source.samples_of(batch_of(files[1:2]), torch.zeros(1, 1, 32, 32), (-1, 1)))
 assert torch.allclose(step(), expected(film, files[1:2], 0)[0], atol=1e-5)
 """

@@ -68,8 +68,8 @@ def permutations(epochs=8, seed=0, ckpt=None, save=None, **options):
     shuffle = batches.RunningBatch._shuffle
     def spy(self, *arguments):
         result = shuffle(self, *arguments)
-        if self.phase == "train":
-            seen.append([self.step, list(result[1])])
+        if self.given.phase == "train":
+            seen.append([self.given.step, list(result[1])])
         return result
     batches.RunningBatch._shuffle = spy
     model, data = host("shuffle", seed, bs=4)

@@ -288,7 +288,7 @@ def only_the_rank_that_misses_a_feature_encodes():
 def what_another_rank_stored_is_read_not_encoded():
     later = Process()
     assert later.step([2, 3] if RANK == 0 else [1, 0]) == 0
-    stats = later.runtime.provider_for(later.handle.film).stats
+    stats = later.runtime.states.of(later.handle.film).provider.stats
     assert (stats.miss, stats.disk_hit) == (0, 2), stats
 
 @scenario
@@ -296,7 +296,7 @@ def both_ranks_missing_the_same_features_at_once_agree():
     process = Process()
     dist.barrier()
     process.step([4, 5, 6, 7])
-    source = process.runtime.provider_for(process.handle.film)
+    source = process.runtime.states.of(process.handle.film).provider
     dist.barrier()
     rows = source.store.read(source.encoder.identity, source.store.keys(source.encoder.identity))
     assert len(rows) == 8, sorted(rows)

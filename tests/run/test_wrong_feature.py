@@ -24,7 +24,6 @@ from vlmfilm_plugin.features.shuffle_donor import ShuffleDonors
 from vlmfilm_plugin.features.store.store import FeatureStore
 from vlmfilm_plugin.host_spec import UNet
 from vlmfilm_plugin.run.runtime import Runtime
-from vlmfilm_plugin.settings import record as settings
 from vlmfilm_plugin.settings.layers import resolve
 
 UNET = UNet(cls=SmallUNet, targets={"post_block2": "ups.*.1"})
@@ -82,7 +81,7 @@ def test_two_models_of_one_process_keep_their_own_encoders_and_stores(tmp_path: 
         handle = run.attach(SmallUNet(), UNET)
         assert handle is not None
         handles.append(handle)
-    assert [run.provider_for(handle.film).store.path.parent.name for handle in handles] == ["first", "second"]
+    assert [run.states.of(handle.film).provider.store.path.parent.name for handle in handles] == ["first", "second"]
 
 
 def test_an_encoder_that_changed_under_a_running_process_is_refused(tmp_path: Path, tiny_qwen: Path) -> None:
@@ -97,7 +96,7 @@ def test_an_encoder_that_changed_under_a_running_process_is_refused(tmp_path: Pa
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(EncoderError, match="not the one FiLM was built for"):
-        run.provider_for(handle.film)
+        run.states.of(handle.film)
 
 
 def test_the_partner_of_a_shuffled_image_alone_is_another_image_whatever_its_key(tmp_path: Path) -> None:
@@ -240,4 +239,4 @@ def test_film_settings_that_are_no_mapping_are_named() -> None:
 
     with pytest.raises(SettingsError, match=r"found: +7"):
         read_config({"config": {"model": {"vlm_film_config": 7}}})
-    assert settings.resolve([("host", read_config({"config": {"model": {"vlm_film_config": {"cond_dim": 8}}}}))]).cond_dim == 8
+    assert resolve([("host", read_config({"config": {"model": {"vlm_film_config": {"cond_dim": 8}}}}))]).cond_dim == 8

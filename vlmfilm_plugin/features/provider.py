@@ -63,6 +63,10 @@ class CacheStats:
         """Return hits / total, 0 where nothing was asked for."""
         return self.hit / self.total if self.total else 0.0
 
+    def since(self, before: CacheStats) -> CacheStats:
+        """Return what was counted after `before`, an earlier copy."""
+        return CacheStats(self.total - before.total, self.mem_hit - before.mem_hit, self.disk_hit - before.disk_hit, self.miss - before.miss)
+
     def __str__(self) -> str:
         return f"total={self.total} hit={self.hit} miss={self.miss} hit_rate={self.hit_rate:.4f} mem_hit={self.mem_hit} disk_hit={self.disk_hit}"
 

@@ -86,6 +86,7 @@ class Diagnostics:
         self._stats_step: int | None = None
         self._constant: dict[int, int] = {}
         self._validation: list[dict[str, Any]] = []
+        self._warned_of_tensors: set[str] = set()
 
     def is_logged(self, phase: str, step: int | None, batch_idx: int | None) -> bool:
         """Tell whether this step is logged; with gradient accumulation, the first batch of a step alone."""
@@ -117,6 +118,19 @@ class Diagnostics:
         if self._shuffled != (phase, epoch):
             self._shuffled = (phase, epoch)
             film_logger().info("[FILM-SHUFFLE] perm_first10=%s%s", list(permutation[:10]), note)
+
+    def warn_of_tensors(self, phase: str) -> None:
+        """Say once a phase that images are encoded as the host passes them, since no file was found for them."""
+        if phase in self._warned_of_tensors:
+            return
+        self._warned_of_tensors.add(phase)
+        cost = "each crop is encoded anew" if phase == "train" else "where training read files, these features are not of the same kind"
+        film_logger().warning(
+            "[VLM] WARNING: no source file was found for %s images: they are encoded as the host passes them, augmented, cropped or normalised, "
+            "and %s (give `dataset_root`, or file paths in the batch)",
+            phase,
+            cost,
+        )
 
     def cache_stats(self, step: int | None, stats: CacheStats) -> None:
         """Write `[VLM] cache_stats` every so many steps, where it is enabled."""

@@ -3,53 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmfilm_plugin.errors import ConditionError
-from vlmfilm_plugin.features.provider import CacheStats, FeatureProvider, Sample
 from vlmfilm_plugin.features.shuffle import exchange
 from vlmfilm_plugin.film.gates import GateView, check_gate, find_gate
 from vlmfilm_plugin.film.module import FilmModule
 from vlmfilm_plugin.forward.context import ForwardContext
-from vlmfilm_plugin.host_spec import RowMap, RowView
-from vlmfilm_plugin.run.log_lines import StageRecorder, StepFacts
+from vlmfilm_plugin.host_spec import RowMap, same_rows
+from vlmfilm_plugin.run.feature_lookup import BatchFeatures
+from vlmfilm_plugin.run.film_state import FilmState, FilmStates
+from vlmfilm_plugin.run.kept_contexts import KeptContexts
+from vlmfilm_plugin.run.log_lines import Diagnostics, StageRecorder, StepFacts
+from vlmfilm_plugin.run.row_map import RowIndex
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 
-if TYPE_CHECKING:
-    from vlmfilm_plugin.run.runtime import Runtime
+
+@dataclass(frozen=True)
+class HostBatch:
+    """A batch as a host's step received it, and where in the run that step is.
+
+    Attributes:
+        content: the mapping with the image tensor (B, C, H, W) at `image`, and names where there are any.
+        phase: `train`, `val`, `test` or `predict`.
+        value_range: (low, high) of the images.
+        rows: which sample each row of a UNet forward belongs to.
+    """
+
+    content: Any
+    phase: str
+    value_range: tuple[float, float]
+    rows: RowMap = same_rows
+    step: int | None = None
+    epoch: int | None = None
+    batch_idx: int | None = None
 
 
 class RunningBatch:
-    """The condition in force while a host handles one batch."""
+    """The condition in force while a host handles one batch.
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        batch: Any,
-        phase: str,
-        value_range: tuple[float, float],
-        rows: RowMap,
-        step: int | None,
-        epoch: int | None,
-        batch_idx: int | None,
-    ) -> None:
-        self._runtime, self._batch, self._rows = runtime, batch, rows
-        self.phase, self.step, self.epoch, self.batch_idx = phase, step, epoch, batch_idx
-        self._value_range = value_range
-        self.image = image_of(batch)
-        self._features: dict[Any, Tensor] = {}
-        self._kept: dict[Any, ForwardContext] = {}
-        self._change_probes: dict[int, list[Tensor]] = {}
-        self._index: dict[Any, Tensor | None] = {}
-        self._mapped_condition: Tensor | None = None
-        self._recorded: set[str] = set()
-        self._is_logged = runtime.diagnostics.is_logged(phase, step, batch_idx)
-        self._facts: StepFacts | None = None
+    Args:
+        given: the batch.
+        states: what the run keeps for each FiLM module.
+        diagnostics: the writer of the log lines.
+        files: the untouched file behind a name, as the host's data sets know it.
+
+    Raises:
+        ConditionError: the batch has no images.
+    """
 
     is_for_all = True
+
+    def __init__(self, given: HostBatch, states: FilmStates, diagnostics: Diagnostics, files: Mapping[str, Path | None]) -> None:
+        self.given, self._states, self._diagnostics, self._files = given, states, diagnostics, files
+        self.image = image_of(given.content)
+        self._row_index = RowIndex(given.rows, given.phase, self.image)
+        self._kept = KeptContexts()
+        self._features: dict[Any, Tensor] = {}
+        self._recorded: set[str] = set()
+        self._is_logged = diagnostics.is_logged(given.phase, given.step, given.batch_idx)
+        self._facts: StepFacts | None = None
 
     def is_of(self, batch: Any) -> bool:
         """Tell whether another batch has the very images of this one; on an accelerator, where values cannot be read, the same shape."""
@@ -67,73 +85,24 @@ class RunningBatch:
         if film.mode == "off":
             return ForwardContext(film, None, recorder=self._recorder(film))
         gate = self._gate(film, x, image)
-        index = self._index_of(x, image)
+        index = self._row_index.of(x, image)
         features = self._features_for(film, x.device)
         if film.training or torch.is_grad_enabled():
             return ForwardContext(film, features, index, recorder=self._recorder(film), gate=gate)
-        self._forget_if_changed(film)
-        key = (id(film), x.shape[0], x.device, id(index))
-        if key not in self._kept:
-            shared = next((context.shared for (owner, *_), context in self._kept.items() if owner == id(film)), {})
-            self._kept[key] = ForwardContext(film, features, index, shared=shared)
-        context = self._kept[key]
+        context = self._kept.context(film, x, features, index)
         context.recorder, context.gate = self._recorder(film), gate
-        context.ran.clear()
         return context
 
-    def _forget_if_changed(self, film: FilmModule) -> None:
-        """Forget what was kept for a UNet whose FiLM weights changed inside the batch, such as by an EMA swapped in for one forward.
-
-        A swap through `.data` leaves no trace but the values themselves. On an accelerator they cannot be compared without a
-        synchronisation, so nothing is kept there: gamma and beta are a few small kernels a forward.
-        """
-        known, now = self._change_probes.get(id(film)), film.change_probes()
-        if now[0].device.type == "cpu" and known is not None and all(map(torch.equal, known, now)):
-            return
-        for key in [key for key in self._kept if key[0] == id(film)]:
-            del self._kept[key]
-        self._change_probes[id(film)] = [probe.detach().clone() for probe in now]
-
     def _gate(self, film: FilmModule, x: Tensor, image: Tensor | None) -> Tensor | None:
-        settings = self._runtime.settings_of(film)
+        settings = self._states.settings_of(film)
         gate = find_gate(settings.spatial_gate, settings.origin("spatial_gate"))
-        return None if gate is None else check_gate(gate(GateView(x, image, self._batch, self.phase)), x)
+        return None if gate is None else check_gate(gate(GateView(x, image, self.given.content, self.given.phase)), x)
 
     def _recorder(self, film: FilmModule) -> StageRecorder | None:
         if not self._is_logged or film.film_id in self._recorded:
             return None
         self._recorded.add(film.film_id)
-        facts = self._facts or StepFacts(
-            self.phase, self.step, self.epoch, self.batch_idx, self.image.shape[0], film.mode, film.architecture.apply_point, "none"
-        )
-        return StageRecorder(self._runtime.diagnostics, facts)
-
-    def _index_of(self, x: Tensor, condition: Tensor | None) -> Tensor | None:
-        """Return the sample of each row (R,), or None where row i is sample i."""
-        samples, rows = self.image.shape[0], x.shape[0]
-        key = (rows, x.device)
-        # The map of a batch of several may depend on the content of the condition image, which an ODE solver passes again and again.
-        is_known = key in self._index and (samples == 1 or self.phase == "train" or condition is self._mapped_condition)
-        if not is_known:
-            mapping = self._rows(RowView(self.phase, samples, rows, self.image, condition))
-            if mapping is None or len(mapping) != rows or not all(0 <= sample < samples for sample in mapping):
-                raise self._unmapped(samples, rows)
-            is_identity = list(mapping) == list(range(samples))
-            self._index[key] = None if is_identity else torch.tensor(list(mapping), dtype=torch.long, device=x.device)
-            self._mapped_condition = condition
-        return self._index[key]
-
-    def _unmapped(self, samples: int, rows: int) -> ConditionError:
-        return ConditionError(
-            "cannot tell which sample each row of this UNet forward belongs to",
-            {
-                "phase": self.phase,
-                "rows": rows,
-                "samples": samples,
-                "expected": "rows that repeat the samples in order (training), or one sample a batch (sliding windows)",
-            },
-            "evaluate with batch size 1, or give the rows' own condition: `with handle.condition(features=...)`",
-        )
+        return StageRecorder(self._diagnostics, self._facts or self._step_facts(film, None, None))
 
     def _features_for(self, film: FilmModule, device: torch.device) -> Tensor:
         """Return the features (S, F) of the samples; memory, store and encoder are asked once a batch."""
@@ -143,60 +112,41 @@ class RunningBatch:
         return self._features[key]
 
     def _look_up(self, film: FilmModule) -> Tensor:
-        runtime, provider = self._runtime, self._runtime.provider_for(film)
-        if self.phase == "train":
-            provider.enter_epoch(self.epoch)
-        before = _copy(provider.stats)
-        samples = provider.samples_of(self._batch, self.image, self._value_range, runtime.files)
-        keys = [sample.key for sample in samples]
-        if not all(sample.path for sample in samples):
-            runtime.warn_of_tensors(self.phase)
-        strategy, is_train = runtime.strategy_for(film), self.phase == "train"
-        choice = strategy.choose(keys, self.step, is_train)
-        if choice.rows is None:
-            features = runtime.held(film).expand(len(samples), -1)
-            used = [strategy.held_key or ""] * len(samples)
-        else:
-            chosen = [samples[row] for row in choice.rows]
-            features = provider.get(chosen)
-            if is_train and strategy.batch_strategy != "per_sample":
-                runtime.hold(film, features[:1].clone())
-            used = [sample.key for sample in chosen]
-        permutation: list[int] | None = None
-        if film.mode == "shuffle":
-            features, permutation = self._shuffle(provider, samples, used, features)
-        runtime.diagnostics.cache_stats(self.step, provider.stats)
-        self._facts = StepFacts(
-            self.phase,
-            self.step,
-            self.epoch,
-            self.batch_idx,
-            len(samples),
-            film.mode,
-            film.architecture.apply_point,
-            "text" if film.architecture.is_text else "image",
-            keys,
-            _difference(provider.stats, before),
-            len({sample.path is None for sample in samples}) > 1,
-            permutation,
-        )
+        given, state = self.given, self._states.of(film)
+        if given.phase == "train":
+            state.provider.enter_epoch(given.epoch)
+        is_train = given.phase == "train"
+        found = state.lookup.of_batch(given.content, self.image, given.value_range, step=given.step, is_train=is_train, files=self._files)
+        if found.is_without_file:
+            self._diagnostics.warn_of_tensors(given.phase)
+        features, permutation = self._shuffle(state, found) if film.mode == "shuffle" else (found.features, None)
+        self._diagnostics.cache_stats(given.step, state.provider.stats)
+        self._facts = self._step_facts(film, found, permutation)
         return features
 
-    def _shuffle(self, provider: FeatureProvider, samples: list[Sample], keys: list[str], features: Tensor) -> tuple[Tensor, list[int]]:
+    def _step_facts(self, film: FilmModule, found: BatchFeatures | None, permutation: list[int] | None) -> StepFacts:
+        given, architecture = self.given, film.architecture
+        facts = StepFacts(given.phase, given.step, given.epoch, given.batch_idx, self.image.shape[0], film.mode, architecture.apply_point, "none")
+        if found is not None:
+            facts.cond_source = "text" if architecture.is_text else "image"
+            facts.keys, facts.cache, facts.has_mixed_keys, facts.permutation = found.keys, found.cache, found.has_mixed_keys, permutation
+        return facts
+
+    def _shuffle(self, state: FilmState, found: BatchFeatures) -> tuple[Tensor, list[int]]:
         """Return features of other images: permuted by the step alone, or, where all rows have one image's, another's from the store."""
-        step = self.step or 0
+        given, step, keys = self.given, self.given.step or 0, found.used
         permutation = exchange(keys, step)
         if permutation is not None:
-            self._runtime.diagnostics.shuffled(self.phase, self.epoch, permutation)
-            return features[permutation], permutation
-        drawn = self._runtime.donors_for(provider).draw(samples[0], step * 1_000_003 + (self.batch_idx or 0), self._runtime.files)
+            self._diagnostics.shuffled(given.phase, given.epoch, permutation)
+            return found.features[permutation], permutation
+        drawn = state.donors.draw(found.samples[0], step * 1_000_003 + (given.batch_idx or 0), self._files)
         if drawn is None:
             raise ConditionError(
                 "cannot shuffle a batch of one image: the store holds no other image's feature",
-                {"image": keys[0], "store": provider.store.path, "expected": "at least one other feature of this encoder"},
+                {"image": keys[0], "store": state.provider.store.path, "expected": "at least one other feature of this encoder"},
                 f"run {MODE_VARIABLE}=on over the data first, or use a batch size of 2 or more",
             )
-        self._runtime.diagnostics.shuffled(self.phase, self.epoch, [0], f" batch of one image: {keys[0]} is conditioned on {drawn[0]}")
+        self._diagnostics.shuffled(given.phase, given.epoch, [0], f" batch of one image: {keys[0]} is conditioned on {drawn[0]}")
         return drawn[1].expand(len(keys), -1), [0] * len(keys)
 
 
@@ -212,14 +162,6 @@ def image_of(batch: Any) -> Tensor:
         raise ConditionError(
             "cannot find the images of this batch",
             {"batch": type(batch).__name__, "found": f"{found} at 'image'", "expected": "a mapping with a tensor (B, C, H, W) at 'image'"},
-            "let the host adapter's `Steps.batch` return such a mapping",
+            "let the adapter's `Steps.batch` return such a mapping",
         )
     return image
-
-
-def _copy(stats: CacheStats) -> CacheStats:
-    return CacheStats(stats.total, stats.mem_hit, stats.disk_hit, stats.miss)
-
-
-def _difference(now: CacheStats, before: CacheStats) -> CacheStats:
-    return CacheStats(now.total - before.total, now.mem_hit - before.mem_hit, now.disk_hit - before.disk_hit, now.miss - before.miss)

@@ -1,6 +1,6 @@
-"""The runtime: the one place that puts the parts together for a host's run.
+"""The runtime: the events of a host's run (configured, built, step, save, load), and the one place that puts the parts together for them.
 
-Holds mode, settings, feature providers and diagnostics. Host adapters describe, `hosts` patches, the patches call this.
+Holds mode, settings, the states of the FiLM modules and the log lines. Host adapters describe, `hosts` patches, the patches call this.
 """
 
 from __future__ import annotations
@@ -11,24 +11,22 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 
 from vlmfilm_plugin.checkpoints.facts import CheckpointFacts
 from vlmfilm_plugin.checkpoints.metadata import adapt, write_metadata
 from vlmfilm_plugin.checkpoints.peek import peek
-from vlmfilm_plugin.errors import ConditionError, EncoderError, HostError, SettingsError
-from vlmfilm_plugin.features.provider import FeatureProvider
-from vlmfilm_plugin.features.shuffle_donor import ShuffleDonors
+from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
 from vlmfilm_plugin.film.freezing import freeze_host, keep_trainable
-from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule, film_modules
+from vlmfilm_plugin.film.module import ATTRIBUTE, film_modules
 from vlmfilm_plugin.forward import context as conditioning
 from vlmfilm_plugin.forward.attach import install
 from vlmfilm_plugin.forward.handle import FilmHandle
 from vlmfilm_plugin.host_spec import PHASES, RowMap, UNet, same_rows
 from vlmfilm_plugin.log import film_logger
-from vlmfilm_plugin.run.batch_strategy import BatchStrategy
+from vlmfilm_plugin.run.film_state import FilmStates
 from vlmfilm_plugin.run.log_lines import Diagnostics
-from vlmfilm_plugin.run.running_batch import RunningBatch
+from vlmfilm_plugin.run.running_batch import HostBatch, RunningBatch
 from vlmfilm_plugin.settings.layers import Layer, environment_layers, resolve
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE, refuse_changed_mode
 from vlmfilm_plugin.settings.record import Settings
@@ -47,16 +45,10 @@ class Runtime:
         self.mode, self._environ, self._base_dir = mode, dict(environ), base_dir
         self._host_layers: list[Layer] = []
         self._facts: CheckpointFacts | None = None
-        self._providers: dict[tuple[str | None, ...], FeatureProvider] = {}
-        self._donors: dict[FeatureProvider, ShuffleDonors] = {}
-        self._strategies: WeakKeyDictionary[FilmModule, BatchStrategy] = WeakKeyDictionary()
-        self._held: WeakKeyDictionary[FilmModule, Tensor] = WeakKeyDictionary()
         self._counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-        # By `film_id`: a UNet and its copies. A process may load several checkpoints, each with settings of its own.
-        self._settings_by_film_id: dict[str, Settings] = {}
-        self._warned_of_tensors: set[str] = set()
         self._settings: Settings | None = None
         self._diagnostics: Diagnostics | None = None
+        self.states = FilmStates(lambda: self.settings)
         self.files: dict[str, Path | None] = {}
         self.attached = 0
 
@@ -121,7 +113,7 @@ class Runtime:
             refuse_changed_mode(self._environ[MODE_VARIABLE])
         handle = install(unet, settings, self.mode, targets=spec.targets, channels=spec.channels, condition=spec.condition)
         self.attached += 1
-        self._settings_by_film_id[handle.film.film_id] = settings
+        self.states.built(handle.film, settings)
         stages = ", ".join(f"{stage.index} ({stage.path}, {stage.channels})" for stage in handle.stages)
         film_logger().info(
             "[VLM] FiLM attached: mode=%s encoder=%s unet=%s apply_point=%s stages=%s",
@@ -140,7 +132,7 @@ class Runtime:
             HostError: it has none, so the run would go on as a baseline.
         """
         if films := film_modules(model):
-            settings = self.settings_of(films[0])
+            settings = self.states.settings_of(films[0])
             if settings.freeze_host:
                 freeze_host(model, self.mode, settings)
             return
@@ -165,7 +157,7 @@ class Runtime:
     def save_checkpoint(self, model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         """Add FiLM's metadata to a checkpoint that the host is about to save."""
         if films := film_modules(model):
-            write_metadata(model, self.settings_of(films[0]), checkpoint)
+            write_metadata(model, self.states.settings_of(films[0]), checkpoint)
 
     def load_checkpoint(self, model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         """Make a checkpoint fit before the host loads it strictly."""
@@ -173,7 +165,7 @@ class Runtime:
 
     def _is_frozen(self, model: nn.Module) -> bool:
         films = film_modules(model)
-        return bool(films) and self.settings_of(films[0]).freeze_host
+        return bool(films) and self.states.settings_of(films[0]).freeze_host
 
     # Batches
 
@@ -201,7 +193,8 @@ class Runtime:
             raise ConditionError(f"cannot publish a batch: unknown phase {phase!r}", {"expected": ", ".join(PHASES)}, "correct `phase`")
         if step is None:
             step = self._step_of(owner, phase)
-        running = RunningBatch(self, batch, phase, value_range, rows, step, getattr(owner, "current_epoch", None), batch_idx)
+        given = HostBatch(batch, phase, value_range, rows, step, getattr(owner, "current_epoch", None), batch_idx)
+        running = RunningBatch(given, self.states, self.diagnostics, self.files)
         self.diagnostics.enter_phase(phase)
         with conditioning.in_force(running):
             yield
@@ -214,61 +207,3 @@ class Runtime:
         count = self._counted.get(owner, -1) + (phase == "train")
         self._counted[owner] = count
         return max(count, 0)
-
-    def warn_of_tensors(self, phase: str) -> None:
-        """Say once a phase that images are encoded as the host passes them, since no file was found for them."""
-        if phase in self._warned_of_tensors:
-            return
-        self._warned_of_tensors.add(phase)
-        cost = "each crop is encoded anew" if phase == "train" else "where training read files, these features are not of the same kind"
-        film_logger().warning(
-            "[VLM] WARNING: no source file was found for %s images: they are encoded as the host passes them, augmented, cropped or normalised, "
-            "and %s (give `dataset_root`, or file paths in the batch)",
-            phase,
-            cost,
-        )
-
-    def provider_for(self, film: FilmModule) -> FeatureProvider:
-        """Return the feature provider of this FiLM's encoder.
-
-        Raises:
-            EncoderError: the encoder that the settings name now is not the one FiLM was built for (its files changed).
-        """
-        settings = self.settings_of(film)
-        key = (film.architecture.fingerprint, settings.cache_dir, settings.embedding_dtype, settings.on_missing_feature, settings.dataset_root)
-        if key not in self._providers:
-            provider = FeatureProvider.from_settings(settings)
-            found = provider.encoder.identity.fingerprint
-            if found != film.architecture.fingerprint:
-                raise EncoderError(
-                    "the encoder is not the one FiLM was built for",
-                    {"found": found, "expected": film.architecture.fingerprint, "model_name": settings.model_name},
-                    "restart the run: the model's files changed while it was running",
-                )
-            self._providers[key] = provider
-        return self._providers[key]
-
-    def donors_for(self, provider: FeatureProvider) -> ShuffleDonors:
-        """Return what draws donors for images that are alone in their batch."""
-        if provider not in self._donors:
-            self._donors[provider] = ShuffleDonors(provider)
-        return self._donors[provider]
-
-    def settings_of(self, film: FilmModule) -> Settings:
-        """Return the settings that a UNet's FiLM was built with; those of this run for one that came by another way (unpickled)."""
-        return self._settings_by_film_id.get(film.film_id, self.settings)
-
-    def strategy_for(self, film: FilmModule) -> BatchStrategy:
-        """Return the strategy that chooses what this UNet's batches are conditioned on."""
-        if film not in self._strategies:
-            s = self.settings_of(film)
-            self._strategies[film] = BatchStrategy(s.batch_strategy, s.reuse_policy, s.update_interval_steps_train)
-        return self._strategies[film]
-
-    def hold(self, film: FilmModule, features: Tensor) -> None:
-        """Keep the feature (1, F) that a strategy holds over steps."""
-        self._held[film] = features
-
-    def held(self, film: FilmModule) -> Tensor:
-        """Return the feature (1, F) that a strategy holds."""
-        return self._held[film]

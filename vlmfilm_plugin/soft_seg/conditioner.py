@@ -16,6 +16,7 @@ from vlmfilm_plugin.features.provider import FeatureProvider
 from vlmfilm_plugin.film.layers import ImageToConditionVector, TextToConditionVector
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.run.batch_strategy import BatchStrategy
+from vlmfilm_plugin.run.feature_lookup import FeatureLookup
 from vlmfilm_plugin.settings.layers import resolve
 
 
@@ -37,7 +38,6 @@ class VLMConditioner(nn.Module):
         model_name: str = "Qwen/Qwen2.5-VL-3B-Instruct",
         cond_dim: int = 256,
         cache_dir: str = "cache/vlm_profiles",
-        *,
         prompt_template: str | None = None,
         dtype: str = "auto",
         device_map: str | None = "auto",
@@ -55,6 +55,7 @@ class VLMConditioner(nn.Module):
         log_every_n_steps: int = 200,
         vlm_cache_stats_enabled: bool = False,
         vlm_cache_stats_every_n_steps: int = 200,
+        *,
         encoder: str = "qwen2_5_vl",
         value_range: tuple[float, float] = (-1.0, 1.0),
     ) -> None:
@@ -65,10 +66,8 @@ class VLMConditioner(nn.Module):
         if not enabled:
             return
         self._provider = FeatureProvider.from_settings(self.settings)
-        self._prompted: dict[str, FeatureProvider] = {}
         # By prompt: what is held for one prompt says nothing of another.
-        self._strategies: dict[str | None, BatchStrategy] = {}
-        self._held: dict[str | None, Tensor] = {}
+        self._lookups: dict[str | None, FeatureLookup] = {}
         feature_dim = self._provider.encoder.feature_dim
         if use_text_prompt_cond:
             self.text_to_cond = TextToConditionVector(feature_dim, cond_dim, text_mlp_hidden_dim)
@@ -107,23 +106,15 @@ class VLMConditioner(nn.Module):
             facts = {"shape": tuple(image.shape), "expected": "(B, C, H, W)"}
             raise ConditionError("cannot condition on this tensor", facts, "add the batch dimension")
         keys, key_source = self._keys(image, image_id, batch)
-        s, provider = self.settings, self._provider_for(prompt)
-        strategy = self._strategies.setdefault(prompt, BatchStrategy(s.batch_strategy, s.reuse_policy, s.update_interval_steps_train))
-        choice = strategy.choose(keys, global_step, is_train)
-        if choice.rows is None:
-            features = self._held[prompt].expand(len(keys), -1)
-        else:
-            # By file where one is found, else by content: a crop's feature is never kept under its file's name.
-            samples = provider.samples_of(batch, image, self.value_range)
-            features = provider.get([samples[row] for row in choice.rows])
-            if is_train:
-                self._held[prompt] = features[:1].clone()
+        lookup = self._lookup_for(prompt)
+        # By file where one is found, else by content: a crop's feature is never kept under its file's name.
+        features = lookup.of_batch(batch, image, self.value_range, step=global_step, is_train=is_train, names=keys).features
         projection = self.text_to_cond if self.settings.use_text_prompt_cond else self.image_to_cond
         cond_vec = projection(features.to(next(projection.parameters()).device))
         if self.settings.verbose_debug:
             film_logger().info("[VLM] cache_key_example: %s", keys[0])
             film_logger().info("[VLM] cache_key_source: %s", key_source)
-        debug = {"keys": keys, "cache_key_example": keys[0], "cache_key_source": key_source, "cache": str(provider.stats), "step": global_step}
+        debug = {"keys": keys, "cache_key_example": keys[0], "cache_key_source": key_source, "cache": str(lookup.provider.stats), "step": global_step}
         return {"cond_vec": cond_vec, "_dbg": debug}
 
     def _keys(self, image: Tensor, image_id: str | Sequence[str] | None, batch: Any) -> tuple[list[str], str]:
@@ -136,13 +127,15 @@ class VLMConditioner(nn.Module):
             )
         return list(found.keys), found.source
 
-    def _provider_for(self, prompt: str | None) -> FeatureProvider:
-        if prompt is None or not self.settings.use_text_prompt_cond:
-            return self._provider
-        if prompt not in self._prompted:
-            given = {**self.settings.as_dict(), "prompt_template": prompt}
-            self._prompted[prompt] = FeatureProvider.from_settings(resolve([("argument", given)]))
-        return self._prompted[prompt]
+    def _lookup_for(self, prompt: str | None) -> FeatureLookup:
+        if not self.settings.use_text_prompt_cond:
+            prompt = None
+        if prompt not in self._lookups:
+            s, provider = self.settings, self._provider
+            if prompt is not None:
+                provider = FeatureProvider.from_settings(resolve([("argument", {**s.as_dict(), "prompt_template": prompt})]))
+            self._lookups[prompt] = FeatureLookup(provider, BatchStrategy(s.batch_strategy, s.reuse_policy, s.update_interval_steps_train))
+        return self._lookups[prompt]
 
 
 VLMFiLMConditioner = VLMConditioner

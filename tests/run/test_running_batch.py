@@ -1,0 +1,79 @@
+"""The condition of one batch without a runtime or a host: features once a batch, rows mapped, what is kept in evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_unet import SmallUNet, inputs, randomise
+
+from vlmfilm_plugin.errors import ConditionError
+from vlmfilm_plugin.forward.attach import install
+from vlmfilm_plugin.forward.context import in_force
+from vlmfilm_plugin.forward.handle import FilmHandle
+from vlmfilm_plugin.run.film_state import FilmStates
+from vlmfilm_plugin.run.log_lines import Diagnostics
+from vlmfilm_plugin.run.running_batch import HostBatch, RunningBatch
+from vlmfilm_plugin.settings.layers import resolve
+
+IMAGE = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+def parts(folder: Path, mode: str = "on", **given: object) -> tuple[FilmHandle, FilmStates, Diagnostics]:
+    settings = resolve([("argument", {"encoder": "descriptor", "cache_dir": str(folder), **given})])
+    handle = install(SmallUNet(), settings, mode)
+    randomise(handle.film)
+    return handle, FilmStates(lambda: settings), Diagnostics(settings)
+
+
+def running(states: FilmStates, diagnostics: Diagnostics, image: torch.Tensor = IMAGE, phase: str = "val") -> RunningBatch:
+    return RunningBatch(HostBatch({"image": image}, phase, (0.0, 1.0), step=1, batch_idx=1), states, diagnostics, {})
+
+
+def test_features_are_looked_up_once_a_batch_and_conditions_computed_once_in_evaluation(tmp_path: Path) -> None:
+    handle, states, diagnostics = parts(tmp_path)
+    handle.unet.eval()
+    batch = running(states, diagnostics)
+    with torch.no_grad(), in_force(batch):
+        outputs = [handle.unet(*inputs(2)) for _ in range(3)]
+    assert torch.equal(outputs[0], outputs[2]) and states.of(handle.film).provider.stats.total == 2
+    x = torch.zeros(2, 1, 8, 8)
+    with torch.no_grad():
+        assert batch.open_context(handle.film, x, None) is batch.open_context(handle.film, x, None)
+    assert batch.open_context(handle.film, x, None) is not batch.open_context(handle.film, x, None), "a training forward has a context of its own"
+
+
+def test_weights_that_change_inside_a_batch_are_noticed(tmp_path: Path) -> None:
+    handle, states, diagnostics = parts(tmp_path)
+    handle.unet.eval()
+    with torch.no_grad(), in_force(running(states, diagnostics)):
+        before = handle.unet(*inputs(2))
+        for parameter in handle.film.parameters():
+            parameter.data = parameter.data + 0.3
+        assert not torch.equal(before, handle.unet(*inputs(2)))
+
+
+def test_it_tells_its_own_images_from_others(tmp_path: Path) -> None:
+    _, states, diagnostics = parts(tmp_path)
+    batch = running(states, diagnostics)
+    assert batch.is_of({"image": IMAGE}) and batch.is_of({"image": IMAGE.clone()})
+    assert not batch.is_of({"image": IMAGE + 1}) and not batch.is_of({"image": IMAGE[:1]})
+    with pytest.raises(ConditionError, match="cannot find the images"):
+        batch.is_of({"image": None})
+
+
+def test_shuffle_exchanges_the_rows_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    handle, states, diagnostics = parts(tmp_path, "shuffle")
+    x = torch.zeros(2, 1, 8, 8)
+    shuffled = running(states, diagnostics).open_context(handle.film, x, None).features
+    handle.film.mode = "on"
+    plain = running(states, diagnostics).open_context(handle.film, x, None).features
+    assert shuffled is not None and plain is not None and torch.equal(shuffled, plain[[1, 0]])
+    assert "[FILM-SHUFFLE] perm_first10=[1, 0]" in capsys.readouterr().out
+
+
+def test_mode_off_looks_nothing_up(tmp_path: Path) -> None:
+    handle, states, diagnostics = parts(tmp_path / "cache", "off")
+    context = running(states, diagnostics).open_context(handle.film, torch.zeros(2, 1, 8, 8), None)
+    assert context.features is None and not (tmp_path / "cache").exists()

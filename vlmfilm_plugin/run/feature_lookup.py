@@ -1,0 +1,87 @@
+"""The features that condition a batch: its samples, the strategy's choice among them, and what the strategy holds over steps.
+
+Used by a host's running batch and by the soft-seg port's interface. Knows neither UNets nor log lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vlmfilm_plugin.errors import ConditionError
+from vlmfilm_plugin.features.provider import CacheStats, FeatureProvider, Sample
+from vlmfilm_plugin.run.batch_strategy import BatchStrategy
+
+
+@dataclass(frozen=True)
+class BatchFeatures:
+    """The features (S, F) of a batch's samples, the key of the image that each came from, and what was counted for them."""
+
+    features: Tensor
+    samples: list[Sample]
+    used: list[str]
+    cache: CacheStats
+
+    @property
+    def keys(self) -> list[str]:
+        """Return the samples' own keys."""
+        return [sample.key for sample in self.samples]
+
+    @property
+    def is_without_file(self) -> bool:
+        """Tell whether a sample has no untouched file, and was encoded as the host passed it."""
+        return not all(sample.path for sample in self.samples)
+
+    @property
+    def has_mixed_keys(self) -> bool:
+        """Tell whether some samples have a file and others have none."""
+        return len({sample.path is None for sample in self.samples}) > 1
+
+
+class FeatureLookup:
+    """Look up the features of batches; keeps the one feature (1, F) that a strategy holds over training steps."""
+
+    def __init__(self, provider: FeatureProvider, strategy: BatchStrategy) -> None:
+        self.provider, self.strategy = provider, strategy
+        self.held: Tensor | None = None
+
+    def of_batch(
+        self,
+        batch: Any,
+        image: Tensor,
+        value_range: tuple[float, float],
+        *,
+        step: int | None = None,
+        is_train: bool = False,
+        files: Mapping[str, Path | None] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> BatchFeatures:
+        """Return one feature a sample: its own in evaluation, what the strategy chooses or holds in training.
+
+        Args:
+            batch: the mapping that names the samples.
+            image: (S, C, H, W) in `value_range`.
+            files: the untouched file behind a name, as the host's data sets know it.
+            names: what the strategy tells the samples apart by; their keys where None.
+        """
+        before = replace(self.provider.stats)
+        samples = self.provider.samples_of(batch, image, value_range, files)
+        choice = self.strategy.choose(names or [sample.key for sample in samples], step, is_train)
+        if choice.rows is None:
+            features, used = self._held_for(len(samples)), [self.strategy.held_key or ""] * len(samples)
+        else:
+            chosen = [samples[row] for row in choice.rows]
+            features, used = self.provider.get(chosen), [sample.key for sample in chosen]
+            if is_train and self.strategy.batch_strategy != "per_sample":
+                self.held = features[:1].clone()
+        return BatchFeatures(features, samples, used, self.provider.stats.since(before))
+
+    def _held_for(self, samples: int) -> Tensor:
+        if self.held is None:
+            facts = {"held key": self.strategy.held_key, "expected": "a feature that was looked up in an earlier step"}
+            raise ConditionError("cannot hold a feature over steps: the step that chose it did not end", facts, "restart the run")
+        return self.held.expand(samples, -1)

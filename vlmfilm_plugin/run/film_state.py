@@ -1,0 +1,81 @@
+"""All that a run keeps for one FiLM module: its settings, where its features come from, its strategy and what that holds.
+
+Knows neither batches nor log lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+from vlmfilm_plugin.errors import EncoderError
+from vlmfilm_plugin.features.provider import FeatureProvider
+from vlmfilm_plugin.features.shuffle_donor import ShuffleDonors
+from vlmfilm_plugin.film.module import FilmModule
+from vlmfilm_plugin.run.batch_strategy import BatchStrategy
+from vlmfilm_plugin.run.feature_lookup import FeatureLookup
+from vlmfilm_plugin.settings.record import Settings
+
+
+class FilmState:
+    """What a run keeps for one FiLM module.
+
+    Attributes:
+        settings: those it was built with.
+        provider: of its encoder's features; modules with equal settings share one.
+        donors: what draws shuffle donors for images alone in their batch; one for each provider.
+        lookup: its features, through its own strategy.
+    """
+
+    def __init__(self, settings: Settings, provider: FeatureProvider, donors: ShuffleDonors) -> None:
+        self.settings, self.provider, self.donors = settings, provider, donors
+        strategy = BatchStrategy(settings.batch_strategy, settings.reuse_policy, settings.update_interval_steps_train)
+        self.lookup = FeatureLookup(provider, strategy)
+
+
+class FilmStates:
+    """The states of a run's FiLM modules, each made when it is first needed.
+
+    Args:
+        settings: the settings of the run now, for a module that came by another way than being built here (unpickled).
+    """
+
+    def __init__(self, settings: Callable[[], Settings]) -> None:
+        self._current = settings
+        self._states: WeakKeyDictionary[FilmModule, FilmState] = WeakKeyDictionary()
+        # By `film_id`: a UNet and its copies. A process may load several checkpoints, each with settings of its own.
+        self._built_with: dict[str, Settings] = {}
+        self._providers: dict[tuple[str | None, ...], tuple[FeatureProvider, ShuffleDonors]] = {}
+
+    def built(self, film: FilmModule, settings: Settings) -> None:
+        """Note the settings that a module, and every copy of it, was built with."""
+        self._built_with[film.film_id] = settings
+
+    def settings_of(self, film: FilmModule) -> Settings:
+        """Return the settings that a module was built with; those of this run for one that came by another way."""
+        return self._built_with.get(film.film_id) or self._current()
+
+    def of(self, film: FilmModule) -> FilmState:
+        """Return the state of a module.
+
+        Raises:
+            EncoderError: the encoder that the settings name now is not the one FiLM was built for (its files changed).
+        """
+        if film not in self._states:
+            settings = self.settings_of(film)
+            self._states[film] = FilmState(settings, *self._provider(settings, film.architecture.fingerprint))
+        return self._states[film]
+
+    def _provider(self, settings: Settings, fingerprint: str | None) -> tuple[FeatureProvider, ShuffleDonors]:
+        key = (fingerprint, settings.cache_dir, settings.embedding_dtype, settings.on_missing_feature, settings.dataset_root)
+        if key not in self._providers:
+            provider = FeatureProvider.from_settings(settings)
+            found = provider.encoder.identity.fingerprint
+            if found != fingerprint:
+                raise EncoderError(
+                    "the encoder is not the one FiLM was built for",
+                    {"found": found, "expected": fingerprint, "model_name": settings.model_name},
+                    "restart the run: the model's files changed while it was running",
+                )
+            self._providers[key] = provider, ShuffleDonors(provider)
+        return self._providers[key]
