@@ -162,6 +162,6 @@ def image_of(batch: Any) -> Tensor:
         raise ConditionError(
             "cannot find the images of this batch",
             {"batch": type(batch).__name__, "found": f"{found} at 'image'", "expected": "a mapping with a tensor (B, C, H, W) at 'image'"},
-            "let the adapter's `Steps.batch` return such a mapping",
+            "let the host adapter's `Steps.batch` return such a mapping",
         )
     return image

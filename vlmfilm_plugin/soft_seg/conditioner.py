@@ -38,6 +38,7 @@ class VLMConditioner(nn.Module):
         model_name: str = "Qwen/Qwen2.5-VL-3B-Instruct",
         cond_dim: int = 256,
         cache_dir: str = "cache/vlm_profiles",
+        *,
         prompt_template: str | None = None,
         dtype: str = "auto",
         device_map: str | None = "auto",
@@ -55,7 +56,6 @@ class VLMConditioner(nn.Module):
         log_every_n_steps: int = 200,
         vlm_cache_stats_enabled: bool = False,
         vlm_cache_stats_every_n_steps: int = 200,
-        *,
         encoder: str = "qwen2_5_vl",
         value_range: tuple[float, float] = (-1.0, 1.0),
     ) -> None:
