@@ -39,10 +39,7 @@ class SmallUNet(nn.Module):
         h = self.stem(torch.cat([x, cond], dim=1))
         for i, (block1, block2, attention, up) in enumerate(self.ups):
             h = block1(h, time)
-            if self.use_reentrant is None:
-                h = block2(h, time)
-            else:
-                h = self.checkpoint(block2, h, time, use_reentrant=self.use_reentrant)
+            h = block2(h, time) if self.use_reentrant is None else self.checkpoint(block2, h, time, use_reentrant=self.use_reentrant)
             h = up(h + attention(h if film is None else film(h, i))) if film is None else up((y := film(h, i)) + attention(y))
             h = h if i == len(self.ups) - 1 else nn.functional.interpolate(h, scale_factor=2.0)
         return self.final(h)

@@ -24,6 +24,7 @@ from vlmfilm_plugin.forward.context import ForwardContext
 from vlmfilm_plugin.forward.uncompiled import uncompiled
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 
+
 @dataclass
 class Expected:
     """What must still hold when the UNet first runs: its `__init__`, or a subclass's, may have gone on after FiLM was attached.
@@ -178,7 +179,9 @@ class ModulateBlock:
             )
         result = context.gated(output, modulate(output, gamma, beta))
         if context.recorder is not None:
-            context.recorder.record(stage.index, output, result, gamma, beta, context.cond_vec())
+            # Without a graph: what is saved for backward() must be the same when the block runs again, unrecorded.
+            with torch.no_grad():
+                context.recorder.record(stage.index, output, result, gamma, beta, context.cond_vec())
         return result
 
 
