@@ -8,11 +8,12 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 from vlmfilm_plugin.errors import HostError, SettingsError
-from vlmfilm_plugin.host_spec import Config, HostSpec, ImageFiles, Listing, RowView, SourceImage, Steps, UNet, hookimpl
+from vlmfilm_plugin.host_spec import Config, HostSpec, ImageFiles, Listing, Model, RowView, SourceImage, Steps, UNet, hookimpl
 
 NAME = "sofl-seg"
 # Images are scaled to [-1, 1] by the host's data sets.
@@ -20,8 +21,10 @@ VALUE_RANGE = (-1.0, 1.0)
 TARGETS = {"post_block2": "ups.*.1", "post_block1": "ups.*.0"}
 PHASES = {"training_step": "train", "validation_step": "val", "test_step": "test"}
 UNET_ARGUMENTS = {"dim", "image_size", "mask_channels", "input_img_channels", "dim_mult"}
+# The argument through which later commits condition FiLM of their own, and the model's argument that switches it on.
+OWN_CONDITION, OWN_FILM = "vlm_cond", "use_vlm_film"
+INSTEAD = f"take `{OWN_FILM}` out of the model's configuration, and start the plain scripts/train.py"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-MODELS = ("FlowModel", "DiffusionModel", "SupervisedModel")
 
 
 @hookimpl
@@ -72,18 +75,18 @@ def _unets(module: ModuleType) -> HostSpec | None:
     if not _has_arguments(vars(module).get("ResnetBlock"), "forward", {"x"}):
         return None
     unets = [
-        UNet(cls=value, targets=TARGETS)
+        UNet(cls=value, targets=TARGETS, own_condition=OWN_CONDITION, own_film=partial(own_film_of_class, value))
         for value in vars(module).values()
         if inspect.isclass(value)
         and value.__module__ == module.__name__
         and _has_arguments(value, "__init__", UNET_ARGUMENTS)
         and _has_arguments(value, "forward", {"x", "time", "cond"})
     ]
-    return HostSpec(name=NAME, unets=unets, recompute=["checkpoint"]) if unets else None
+    return HostSpec(name=NAME, unets=unets) if unets else None
 
 
 def _models(module: ModuleType) -> HostSpec | None:
-    found = [_class(module, name) for name in MODELS]
+    found = [_class(module, name) for name in vars(module)]
     models = [cls for cls in found if _has_arguments(cls, "__init__", {"arch_name"}) and hasattr(cls, "load_from_checkpoint")]
     if not models:
         return None
@@ -91,7 +94,7 @@ def _models(module: ModuleType) -> HostSpec | None:
         Steps(cls=cls, phases={method: phase for method, phase in PHASES.items() if method in vars(cls)}, value_range=VALUE_RANGE, rows=rows_of)
         for cls in models
     ]
-    return HostSpec(name=NAME, models=models, steps=steps)
+    return HostSpec(name=NAME, models=[Model(cls=cls, own_film=own_film_of_model) for cls in models], steps=steps)
 
 
 def _runner(module: ModuleType) -> HostSpec | None:
@@ -106,6 +109,17 @@ def _datasets(module: ModuleType) -> HostSpec | None:
     if not _has_arguments(dataset, "__init__", {"path", "augmentation"}):
         return None
     return HostSpec(name=NAME, image_files=[ImageFiles(cls=dataset, read=read_image_files)])
+
+
+def own_film_of_model(arguments: Mapping[str, Any]) -> str | None:
+    """Tell how to use the plugin where a model of a later commit is built with FiLM of its own."""
+    return INSTEAD if arguments.get(OWN_FILM) else None
+
+
+def own_film_of_class(cls: type, unet: Any) -> str | None:
+    """Tell how to use the plugin where a UNet built by hand is of a subclass with FiLM in its own forward."""
+    is_own = type(unet).forward is not cls.forward and _has_arguments(type(unet), "forward", {OWN_CONDITION})  # type: ignore[attr-defined]
+    return f"build {cls.__name__} instead of {type(unet).__name__}" if is_own else None
 
 
 def read_image_files(dataset: Any) -> list[tuple[str, str]]:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmfilm_plugin.film.module import FilmModule
-from vlmfilm_plugin.forward import recompute
 
 Film = Callable[[Tensor, int], Tensor]
 
@@ -24,11 +23,13 @@ class Block(nn.Module):
 
 
 class SmallUNet(nn.Module):
-    """`use_reentrant` None runs block2 plainly; True or False checkpoint it, with the context bound unless `is_bound` is False."""
+    """`use_reentrant` None runs block2 plainly; True or False run it by `checkpoint`."""
 
-    def __init__(self, widths: tuple[int, ...] = (6, 4), *, use_reentrant: bool | None = None, is_bound: bool = True) -> None:
+    def __init__(
+        self, widths: tuple[int, ...] = (6, 4), *, use_reentrant: bool | None = None, checkpoint: Callable[..., Tensor] = checkpoint
+    ) -> None:
         super().__init__()
-        self.use_reentrant, self.is_bound = use_reentrant, is_bound
+        self.use_reentrant, self.checkpoint = use_reentrant, checkpoint
         self.stem = nn.Conv2d(2, widths[0], 3, stride=2 ** (len(widths) - 1), padding=1)
         pairs = zip(widths, (*widths[1:], widths[-1]), strict=True)
         self.ups = nn.ModuleList(nn.ModuleList([Block(a, a), Block(a, a), nn.Conv2d(a, a, 1), nn.Conv2d(a, b, 1)]) for a, b in pairs)
@@ -38,10 +39,7 @@ class SmallUNet(nn.Module):
         h = self.stem(torch.cat([x, cond], dim=1))
         for i, (block1, block2, attention, up) in enumerate(self.ups):
             h = block1(h, time)
-            if self.use_reentrant is None:
-                h = block2(h, time)
-            else:
-                h = checkpoint(recompute.bind(block2) if self.is_bound else block2, h, time, use_reentrant=self.use_reentrant)
+            h = block2(h, time) if self.use_reentrant is None else self.checkpoint(block2, h, time, use_reentrant=self.use_reentrant)
             h = up(h + attention(h if film is None else film(h, i))) if film is None else up((y := film(h, i)) + attention(y))
             h = h if i == len(self.ups) - 1 else nn.functional.interpolate(h, scale_factor=2.0)
         return self.final(h)

@@ -28,6 +28,7 @@ _HOME = {
     "HostError": "errors",
     "HostSpec": "host_spec",
     "EncoderIdentity": "encoders.base",
+    "Model": "host_spec",
     "ImageReadError": "errors",
     "ImageToConditionVector": "film.layers",
     "MissingFeatureError": "errors",

@@ -66,12 +66,32 @@ class UNet:
         targets: apply point -> module path pattern of the blocks, `*` for one component: `{"post_block2": "ups.*.1"}`.
         channels: block -> C, the channels of its output; None reads them off the block's last convolution.
         condition: name of the argument of `forward` that holds the condition image, or None.
+        own_condition: name of the argument of `forward` through which FiLM of the host's own is conditioned, or None: a UNet that carries
+            the plugin's FiLM and is called with one stops the run, since two would act.
+        own_film: built UNet -> how to use the plugin's FiLM instead, in a sentence, where its class applies FiLM itself; such a UNet is
+            left to its owner. Not asked for a UNet that is built inside a `Model` with an `own_film`: the model decides.
     """
 
     cls: type
     targets: Mapping[str, str]
     channels: Callable[[Any], int] | None = None
     condition: str | None = "cond"
+    own_condition: str | None = None
+    own_film: Callable[[Any], str | None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model class that may apply FiLM itself.
+
+    Attributes:
+        cls: the class.
+        own_film: bound arguments of `__init__` without self, defaults filled in -> how to use the plugin's FiLM instead, in a sentence,
+            where a model built so applies FiLM itself; such a model is left to its owner. None: the plugin's acts.
+    """
+
+    cls: type
+    own_film: Callable[[Mapping[str, Any]], str | None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,17 +148,18 @@ class HostSpec:
         name: the host's name in messages.
         unets: UNet classes of this module.
         steps: classes of this module with methods that handle a batch.
-        models: classes whose instances must contain FiLM once built (a run that was asked to be FiLM never goes on as a baseline);
-            Lightning modules among them also save and check FiLM's metadata in their checkpoints.
+        models: classes whose instances must contain FiLM once built (a run that was asked to be FiLM never goes on as a baseline), as
+            they are or as a `Model`; Lightning modules among them also save and check FiLM's metadata in their checkpoints.
         configs: methods of this module that receive the host's configuration.
         image_files: data set classes of this module.
-        recompute: names in this module that hold `torch.utils.checkpoint.checkpoint`, where the UNet calls it around target blocks.
+        recompute: names in this module that hold a checkpoint function of the host's own, called with the function to run again first;
+            `torch.utils.checkpoint` needs no mention.
     """
 
     name: str
     unets: Sequence[UNet] = ()
     steps: Sequence[Steps] = ()
-    models: Sequence[type] = ()
+    models: Sequence[type | Model] = ()
     configs: Sequence[Config] = ()
     image_files: Sequence[ImageFiles] = ()
     recompute: Sequence[str] = field(default=())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from processes import run_code, succeed
 from small_unet import SmallUNet, inputs, randomise
 from torch._dynamo.utils import counters
 
@@ -75,3 +78,51 @@ def test_a_gate_breaks_the_graph_and_still_gates(handle: FilmHandle) -> None:
         for condition_gate in (gate, None, gate):
             with handle.condition(torch.ones(2, 3), gate=condition_gate):
                 assert torch.allclose(compiled(*inputs(2)), handle.unet(*inputs(2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_compiled_blocks_under_checkpointing_have_the_gradients_of_eager(use_reentrant: bool, backend: str) -> None:
+    torch._dynamo.reset()
+    handles = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        unet = SmallUNet(use_reentrant=use_reentrant if compiled else None).double()
+        handle = attach(unet, feature_dim=3, cond_dim=4)
+        randomise(handle.film)
+        if compiled:
+            for stage in unet.ups:
+                stage[1].compile(backend=backend)
+        handles.append(handle)
+    for _ in range(2):
+        for handle in handles:
+            handle.unet.zero_grad(set_to_none=True)
+            losses = []
+            for seed in (1, 2):
+                given = torch.randn(2, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+                with handle.condition(given):
+                    losses.append(handle.unet(*inputs(2, seed=seed, dtype=torch.float64)).square().sum())
+            (losses[0] + 3 * losses[1]).backward()
+        for (name, a), (_, b) in zip(*(handle.unet.named_parameters() for handle in handles), strict=True):
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-10, atol=1e-12, msg=name)
+    assert all(inputs_.gamma is None and not inputs_.has_run for inputs_ in handles[1].film.compiled_inputs)
+
+
+def test_nothing_of_ours_loads_the_compiler_until_something_is_compiled() -> None:
+    code = """
+import sys, torch
+import vlmfilm_plugin.hosts.patches, vlmfilm_plugin.run.runtime
+from small_unet import SmallUNet, inputs
+from vlmfilm_plugin import attach
+handle = attach(SmallUNet(), feature_dim=3)
+with handle.condition(torch.ones(1, 3)):
+    out = handle.unet(*inputs(2))
+out.sum().backward()
+assert "torch._dynamo" not in sys.modules, "loaded"
+with handle.condition(torch.ones(1, 3)):
+    again = torch.compile(handle.unet, backend="eager")(*inputs(2))
+assert torch.equal(out, again)
+from torch._dynamo.utils import counters
+print(counters["stats"]["unique_graphs"], dict(counters["graph_break"]))
+"""
+    assert succeed(run_code(code, PYTHONPATH=str(Path(__file__).parents[1]))).strip() == "1 {}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from small_unet import SmallUNet, inputs, randomise
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.forward import context as conditioning
@@ -33,9 +35,9 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert left == (0, 0)
 
 
-def film_unet(use_reentrant: bool | None, *, is_bound: bool = True, seed: int = 0, **settings: object) -> FilmHandle:
+def film_unet(use_reentrant: bool | None, *, seed: int = 0, checkpoint: Callable[..., Tensor] = checkpoint, **settings: object) -> FilmHandle:
     torch.manual_seed(seed)
-    unet = SmallUNet(use_reentrant=use_reentrant, is_bound=is_bound).double()
+    unet = SmallUNet(use_reentrant=use_reentrant, checkpoint=checkpoint).double()
     handle = attach(unet, feature_dim=FEATURES, **{"cond_dim": 4, "text_mlp_hidden_dim": 6, **settings})
     randomise(handle.film, seed)
     return handle
@@ -131,13 +133,200 @@ def test_a_forward_between_forward_and_backward_does_not_change_gradients(use_re
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-10, atol=1e-12, msg=name)
 
 
-@BOTH
-def test_recompute_without_bind_raises_rather_than_use_the_latest_condition(use_reentrant: bool) -> None:
-    handle = film_unet(use_reentrant, is_bound=False)
+class OwnCheckpoint(torch.autograd.Function):
+    """A checkpoint function of someone's own, as guided_diffusion and DeepSpeed have one: torch's own places see nothing of it."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        ctx.function, ctx.args = function, args
+        with torch.no_grad():
+            return function(*args)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        args = [value.detach().requires_grad_(value.is_floating_point()) for value in ctx.args]
+        with torch.enable_grad():
+            ctx.function(*args).backward(grad)
+        return (None, *(value.grad for value in args))
+
+
+def own_checkpoint(function: Callable[..., Tensor], *args: Tensor, use_reentrant: bool = False) -> Tensor:
+    found: Tensor = OwnCheckpoint.apply(function, *args)
+    return found
+
+
+def test_a_checkpoint_function_that_is_not_torchs_raises_rather_than_use_the_latest_condition() -> None:
+    handle = film_unet(True, checkpoint=own_checkpoint)
     first = call(handle, 1)
     call(handle, 2)
     with handle.condition(features=features(3, 3)), pytest.raises(ConditionError, match=r"ups\.\d\.1"):
         first.sum().backward()
+
+
+def test_bound_by_hand_a_checkpoint_function_that_is_not_torchs_is_exact() -> None:
+    def bound(function: Callable[..., Tensor], *args: Tensor, use_reentrant: bool) -> Tensor:
+        return own_checkpoint(recompute.bind(function), *args)
+
+    same_gradients(film_unet(True, checkpoint=bound), film_unet(None))
+
+
+def same_gradients(found: FilmHandle, expected: FilmHandle, run: Callable[[FilmHandle, int], Tensor] = call) -> None:
+    """Compare the gradients of two forwards and one backward, each forward under its own condition."""
+    for handle in (found, expected):
+        handle.unet.zero_grad(set_to_none=True)
+        two_forwards_one_backward(lambda seed, handle=handle: run(handle, seed) if handle is found else call(handle, seed))  # type: ignore[misc]
+    for (name, a), (_, b) in zip(expected.unet.named_parameters(), found.unet.named_parameters(), strict=True):
+        assert float(a.grad.abs().max()) > 1e-9, name
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def through_closure(function: Callable[..., Tensor], *args: Tensor, use_reentrant: bool, kept: Callable[..., Tensor] = checkpoint) -> Tensor:
+    return kept(lambda *inner: function(*inner), *args, use_reentrant=use_reentrant)
+
+
+def nested(function: Callable[..., Tensor], *args: Tensor, use_reentrant: bool) -> Tensor:
+    return checkpoint(lambda *inner: checkpoint(function, *inner, use_reentrant=use_reentrant), *args, use_reentrant=use_reentrant)
+
+
+def by_module(function: Callable[..., Tensor], *args: Tensor, use_reentrant: bool) -> Tensor:
+    return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=use_reentrant)
+
+
+@BOTH
+@pytest.mark.parametrize("how", [checkpoint, by_module, functools.partial(checkpoint), through_closure, nested], ids=str)
+def test_by_hand_every_way_to_call_torchs_checkpoint_is_exact(how: Callable[..., Tensor], use_reentrant: bool) -> None:
+    same_gradients(film_unet(use_reentrant, checkpoint=how), film_unet(None))
+
+
+@BOTH
+def test_a_second_backward_of_another_graph_in_between_and_accumulation_are_exact(use_reentrant: bool) -> None:
+    found, expected = film_unet(use_reentrant), film_unet(None)
+    for handle in (found, expected):
+        losses = [call(handle, seed).square().sum() for seed in range(4)]
+        for loss in (losses[2], losses[0], losses[3], losses[1]):
+            loss.backward()
+    for (name, a), (_, b) in zip(expected.unet.named_parameters(), found.unet.named_parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@BOTH
+@pytest.mark.parametrize("is_inside", [False, True], ids=["backward outside", "backward inside another condition"])
+def test_a_checkpoint_around_the_whole_unet_uses_each_forwards_condition(use_reentrant: bool, is_inside: bool) -> None:
+    whole, expected = film_unet(None), film_unet(None)
+
+    def run(handle: FilmHandle, seed: int) -> Tensor:
+        with handle.condition(features=features(3, seed)):
+            x, time, cond = inputs(3, seed=seed, dtype=torch.float64)
+            return checkpoint(handle.unet, x.requires_grad_(), time, cond, use_reentrant=use_reentrant)
+
+    if not is_inside:
+        same_gradients(whole, expected, run)
+        return
+    loss = run(whole, 1).square().sum()
+    with whole.condition(features=features(3, 7)):
+        loss.backward()
+    call(expected, 1).square().sum().backward()
+    for (name, a), (_, b) in zip(expected.unet.named_parameters(), whole.unet.named_parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_an_unknown_checkpoint_around_the_whole_unet_is_refused_under_any_condition() -> None:
+    handle = film_unet(None)
+    with handle.condition(features=features(3, 1)):
+        x, time, cond = inputs(3, dtype=torch.float64)
+        out = own_checkpoint(handle.unet, x.requires_grad_(), time, cond)
+    with handle.condition(features=features(3, 2)), pytest.raises(ConditionError, match="runs again in backward"):
+        out.sum().backward()
+    assert not conditioning.stacks.contexts
+
+
+def test_a_condition_entered_inside_backward_serves_there() -> None:
+    handle, seen = film_unet(None), []
+    leaf = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    leaf.register_hook(lambda _: seen.append(call(handle, 1)))
+    expected = call(handle, 1)
+    leaf.sum().backward()
+    assert torch.equal(seen[0], expected)
+
+
+@BOTH
+def test_off_runs_its_blocks_again_like_the_plain_unet(use_reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLM_FILM_MODE", "off")
+    handle, plain = film_unet(use_reentrant), SmallUNet(use_reentrant=use_reentrant).double()
+    plain.load_state_dict({name: value for name, value in handle.unet.state_dict().items() if "vlm_film" not in name})
+    for unet in (handle.unet, plain):
+        unet(*inputs(3, dtype=torch.float64)).square().sum().backward()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter.grad, handle.unet.get_parameter(name).grad), name
+
+
+@BOTH
+def test_a_gate_holds_when_its_block_runs_again(use_reentrant: bool) -> None:
+    gate = torch.rand(3, 1, 8, 8, dtype=torch.float64)
+
+    def gated(handle: FilmHandle, seed: int) -> Tensor:
+        with handle.condition(features=features(3, seed), gate=gate * seed / 2):
+            return handle.unet(*inputs(3, seed=seed, dtype=torch.float64))
+
+    found, expected = film_unet(use_reentrant), film_unet(None)
+    for handle in (found, expected):
+        two_forwards_one_backward(lambda seed, handle=handle: gated(handle, seed))  # type: ignore[misc]
+    for (name, a), (_, b) in zip(expected.unet.named_parameters(), found.unet.named_parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_torch_is_as_it_was_outside_of_every_condition() -> None:
+    kept = torch.utils.checkpoint.CheckpointFunction, torch.utils.checkpoint._CheckpointFrame
+
+    def methods() -> tuple[object, object]:
+        return kept[0].__dict__["forward"], kept[1].__dict__["__init__"]
+
+    before = methods()
+    one, two = film_unet(False, seed=1), film_unet(True, seed=2)
+    assert methods() == before
+    with one.condition(features=features(3, 1)), pytest.raises(KeyError), two.condition(features=features(3, 2)):
+        assert methods() != before
+        raise KeyError
+    assert methods() == before
+    loss = call(one, 1).sum() + call(two, 2).sum()
+    assert methods() == before
+    loss.backward()
+    one.remove()
+    two.remove()
+    assert methods() == before
+
+
+@BOTH
+def test_two_unets_alive_and_one_removed_before_backward_is_refused(use_reentrant: bool) -> None:
+    one, two = film_unet(use_reentrant, seed=1), film_unet(use_reentrant, seed=2)
+    first, second = call(one, 1).sum(), call(two, 2).sum()
+    one.remove()
+    second.backward()
+    with pytest.raises(ConditionError, match="removed"):
+        first.backward()
+
+
+@BOTH
+def test_a_whole_unet_whose_film_was_removed_before_backward_is_refused(use_reentrant: bool) -> None:
+    handle = film_unet(None)
+    with handle.condition(features=features(3, 1)):
+        x, time, cond = inputs(3, dtype=torch.float64)
+        loss = checkpoint(handle.unet, x.requires_grad_(), time, cond, use_reentrant=use_reentrant).sum()
+    handle.remove()
+    with pytest.raises((ConditionError, CheckpointError)):
+        loss.backward()
+
+
+@BOTH
+def test_attached_twice_in_turn_both_graphs_are_exact(use_reentrant: bool) -> None:
+    found, expected = film_unet(use_reentrant), film_unet(None)
+    for _ in range(2):
+        same_gradients(found, expected)
+        for handle in (found, expected):
+            handle.remove()
+        found, expected = (attach(handle.unet, feature_dim=FEATURES, cond_dim=4, text_mlp_hidden_dim=6) for handle in (found, expected))
+        for handle in (found, expected):
+            randomise(handle.film, 5)
 
 
 @BOTH

@@ -37,6 +37,23 @@ def freeze_host(model: nn.Module, mode: str, settings: Settings) -> Callable[[],
     return undo
 
 
+def refuse_unfrozen(model: nn.Module, origin: str) -> None:
+    """Check that no parameter of a frozen host trains, such as one of a layer that was built after it was frozen.
+
+    Raises:
+        SettingsError: one does.
+    """
+    film = {id(parameter) for module in film_modules(model) for parameter in module.parameters()}
+    training = [name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in film]
+    if training:
+        more = f" and {len(training) - 3} more" if len(training) > 3 else ""
+        raise SettingsError(
+            f"the host's parameters would train although this {type(model).__name__} is frozen",
+            {"found": f"{', '.join(training[:3])}{more} require grad", "expected": f"FiLM's alone   (freeze_host true, from {origin})"},
+            "build every layer before FiLM is attached, or take `freeze_host` out",
+        )
+
+
 def keep_trainable(configured: Any) -> Any:
     """Take frozen parameters out of the optimizers that a `configure_optimizers` returned, in place; return what it returned."""
     for optimizer in _optimizers(configured):

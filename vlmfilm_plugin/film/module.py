@@ -33,10 +33,13 @@ class CompiledInputs:
         self.beta: Tensor | None = None
         self.has_run = False
         self.is_gated = False
+        # Compiled code has used these inputs: it will again where a block is run again in backward().
+        self.is_used = False
 
     def close(self) -> bool:
         """Empty the inputs at the end of a forward; tell whether compiled code has used it."""
         has_run, self.gamma, self.beta, self.has_run = self.has_run, None, None, False
+        self.is_used = self.is_used or has_run
         return has_run
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledInputs:
@@ -45,7 +48,7 @@ class CompiledInputs:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"gamma": None, "beta": None, "has_run": False, "is_gated": False}
+        return {"gamma": None, "beta": None, "has_run": False, "is_gated": False, "is_used": False}
 
 
 class FilmModule(nn.Module):

@@ -19,7 +19,7 @@ from vlmfilm_plugin.film.freezing import freeze_host
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
 from vlmfilm_plugin.film.targets import Target, match_targets, select_stages
 from vlmfilm_plugin.forward.handle import FilmHandle
-from vlmfilm_plugin.forward.module_hooks import CloseContext, ModulateBlock, OpenContext
+from vlmfilm_plugin.forward.module_hooks import CloseContext, Expected, ModulateBlock, OpenContext
 from vlmfilm_plugin.settings.layers import environment_layers, resolve
 from vlmfilm_plugin.settings.mode import read_mode
 from vlmfilm_plugin.settings.record import Settings
@@ -28,7 +28,7 @@ DEFAULT_TARGETS: Mapping[str, str] = {"post_block2": "ups.*.1", "post_block1": "
 
 
 def attach(unet: nn.Module, *, feature_dim: int | None = None, **settings: object) -> FilmHandle:
-    """Attach FiLM to a UNet by hand: for notebooks, and for hosts without a host adapter.
+    """Attach FiLM to a UNet by hand: for notebooks, and for hosts without an adapter.
 
     Args:
         unet: a module whose decoder blocks match `targets` (default `ups.*.1`, `ups.*.0` with `apply_point="post_block1"`).
@@ -56,11 +56,13 @@ def install(
     targets: Mapping[str, str] = DEFAULT_TARGETS,
     channels: Callable[[nn.Module], int] | None = None,
     condition: str | None = None,
+    own_film: str | None = None,
 ) -> FilmHandle:
     """Attach FiLM with resolved settings; `attach` and the runtime both come here.
 
     Args:
         condition: name of the argument of `forward` that holds the condition image.
+        own_film: name of the one through which the UNet's own FiLM would be conditioned: a call with it is refused.
     """
     owner = type(unet).__name__
     if feature_dim is not None and (not isinstance(feature_dim, int) or isinstance(feature_dim, bool) or feature_dim < 1):
@@ -72,7 +74,8 @@ def install(
     if not settings.use_vlm_film:
         facts = {"found": f"use_vlm_film false   (from {settings.origin('use_vlm_film')})", "expected": "true"}
         raise SettingsError(f"cannot attach FiLM to {owner}: the settings say not to", facts, "take `use_vlm_film` out")
-    stages = _plan(unet, settings, targets, channels, owner)
+    pattern = _pattern(settings, targets, owner)
+    stages = _plan(unet, settings, pattern, channels, owner)
     identity = None if feature_dim is not None else build_encoder(settings)
     architecture = Architecture(
         stages=tuple(stages),
@@ -88,7 +91,8 @@ def install(
         encoder=None if identity is None else dict(identity.identity.facts),
     )
     film = _build(architecture, mode, unet)
-    undo = _mutate(unet, film, condition)
+    frozen_by = settings.origin("freeze_host") if settings.freeze_host else None
+    undo = _mutate(unet, film, condition, Expected(pattern, settings.decoder_stages, own_film, frozen_by))
     if settings.freeze_host:
         try:
             undo.append(freeze_host(unet, mode, settings))
@@ -98,7 +102,7 @@ def install(
     return FilmHandle(unet, film, settings, undo)
 
 
-def _plan(unet: nn.Module, settings: Settings, targets: Mapping[str, str], channels: Callable[[nn.Module], int] | None, owner: str) -> list[Stage]:
+def _pattern(settings: Settings, targets: Mapping[str, str], owner: str) -> str:
     pattern = settings.targets or targets.get(settings.apply_point)
     if pattern is None:
         raise HostError(
@@ -106,6 +110,10 @@ def _plan(unet: nn.Module, settings: Settings, targets: Mapping[str, str], chann
             {"found": f"apply_point {settings.apply_point!r}   (from {settings.origin('apply_point')})", "expected": f"one of {sorted(targets)}"},
             "correct `apply_point`",
         )
+    return pattern
+
+
+def _plan(unet: nn.Module, settings: Settings, pattern: str, channels: Callable[[nn.Module], int] | None, owner: str) -> list[Stage]:
     modules = dict(unet.named_modules())
     origin = settings.origin("targets") if settings.targets else "host adapter"
     matched: list[Target] = match_targets(modules, pattern, owner=owner, origin=origin)
@@ -121,7 +129,7 @@ def output_channels(block: nn.Module) -> int:
         raise HostError(
             f"cannot tell the channels of a {type(block).__name__}",
             {"found": "no Conv2d in it", "expected": "a block of convolutions"},
-            "correct `targets`, or let the host adapter state `channels`",
+            "correct `targets`, or let the adapter state `channels`",
         )
     return convolutions[-1].out_channels
 
@@ -136,7 +144,7 @@ def _build(architecture: Architecture, mode: str, unet: nn.Module) -> FilmModule
     return film.train(unet.training)
 
 
-def _mutate(unet: nn.Module, film: FilmModule, condition: str | None) -> list[Callable[[], None]]:
+def _mutate(unet: nn.Module, film: FilmModule, condition: str | None, expected: Expected) -> list[Callable[[], None]]:
     undo: list[Callable[[], None]] = []
     unet.add_module(ATTRIBUTE, film)
 
@@ -147,8 +155,9 @@ def _mutate(unet: nn.Module, film: FilmModule, condition: str | None) -> list[Ca
 
     undo.append(take_out)
     modules = dict(unet.named_modules())
+    arguments = list(inspect.signature(type(unet).forward).parameters)[1:]
     handles = [
-        unet.register_forward_pre_hook(OpenContext(list(inspect.signature(type(unet).forward).parameters)[1:], condition), with_kwargs=True),
+        unet.register_forward_pre_hook(OpenContext(arguments, condition, expected), with_kwargs=True),
         unet.register_forward_hook(CloseContext(), always_call=True),
         *(modules[stage.path].register_forward_hook(ModulateBlock(film, head)) for head, stage in enumerate(film.architecture.stages)),
     ]

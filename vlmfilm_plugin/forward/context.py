@@ -5,17 +5,18 @@ Notes
 1. A *condition* is in force around forwards (a step method, `handle.condition(...)`). A *context* belongs to one UNet forward: the
    features of its rows, the step, the mode. Entering the UNet opens it, leaving it closes it, exceptions included.
 2. Autograd may run a block again inside `backward()`, on another thread, when the forward is over and another forward's context is
-   the latest. So a function handed to `torch.utils.checkpoint.checkpoint` is bound to the contexts of that moment (`bind`) and
-   re-enters them whenever and wherever it runs. The stacks are thread-local: they are set by the code that then runs there.
-3. A context re-entered by a bound function computes its projection anew: with reentrant checkpointing a shared graph would be run
-   backward through twice.
-4. A block that finds no context raises. It never guesses.
+   the latest; or the whole UNet, under another condition. So a function that activation checkpointing keeps is bound to what is
+   open at that moment (`recompute.bind`) and re-enters it whenever and wherever it runs. The stacks are thread-local: they are set
+   by the code that then runs there.
+3. With reentrant checkpointing a context that is re-entered computes its projection anew: a shared graph would be run backward
+   through twice. With the other kind it keeps what was computed: the second run must save the tensors that the first one did.
+4. A block that finds no context raises. It never guesses. What runs inside a `backward()` takes nothing that was opened outside of it,
+   or in another one: a checkpoint function of someone's own is refused, not conditioned on what happens to be the latest.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfilm_plugin.errors import ConditionError
+from vlmfilm_plugin.forward.recompute import NO_TASK, graph_task, stacks, watch
 
 if TYPE_CHECKING:
     from vlmfilm_plugin.film.module import FilmModule
@@ -49,6 +51,7 @@ class ForwardContext:
         recorder: takes statistics, on logged steps only.
         ran: heads whose blocks have run.
         gate: (R, 1, H, W) or (1, 1, H, W) in [0, 1]: where FiLM acts; None is everywhere.
+        task: the `backward()` in which this is open, if any.
     """
 
     film: FilmModule
@@ -59,6 +62,7 @@ class ForwardContext:
     recorder: Recorder | None = None
     ran: set[int] = field(default_factory=set)
     gate: Tensor | None = None
+    task: int = NO_TASK
 
     def cond_vec(self) -> Tensor:
         """Return the condition vectors of the samples (S, D)."""
@@ -95,9 +99,26 @@ class ForwardContext:
             inputs.gamma, inputs.beta = self.gamma_beta(head)
             inputs.is_gated = self.gate is not None
 
-    def recomputing(self) -> ForwardContext:
-        """Return this context for a function that autograd may run again: nothing is kept (note 3)."""
-        return replace(self, shared=None, own=None)
+    def reentered(self, *, keep: bool) -> ForwardContext:
+        """Return this context for a function that is run again now (note 3); what it does was recorded the first time."""
+        if keep:
+            return replace(self, task=graph_task(), recorder=None)
+        return replace(self, task=graph_task(), shared=None, own=None, recorder=self.recorder if graph_task() == NO_TASK else None)
+
+    def fill_compiled(self) -> Callable[[], None]:
+        """Put gamma and beta where compiled blocks find them; return what puts back what stood there."""
+        used = [(head, inputs) for head, inputs in enumerate(self.film.compiled_inputs) if inputs.is_used]
+        before = [(inputs, inputs.gamma, inputs.beta, inputs.is_gated, inputs.has_run) for _, inputs in used]
+        for head, inputs in used:
+            if self.film.mode != "off":
+                inputs.gamma, inputs.beta = self.gamma_beta(head)
+            inputs.is_gated = self.gate is not None
+
+        def undo() -> None:
+            for inputs, gamma, beta, is_gated, has_run in before:
+                inputs.gamma, inputs.beta, inputs.is_gated, inputs.has_run = gamma, beta, is_gated, has_run
+
+        return undo
 
 
 class Condition(Protocol):
@@ -114,23 +135,18 @@ class Condition(Protocol):
         """Return the context of a forward with input x (R, ...) and condition image (R, C, h, w) or None."""
 
 
-class _Stacks(threading.local):
-    def __init__(self) -> None:
-        self.conditions: list[Condition] = []
-        self.contexts: list[ForwardContext] = []
-
-
-stacks = _Stacks()
-
-
 @contextmanager
 def in_force(condition: Condition) -> Iterator[None]:
     """Put a condition in force for the forwards inside the block."""
+    watch.enter()
     stacks.conditions.append(condition)
+    outer, stacks.task = stacks.task, graph_task()
     try:
         yield
     finally:
+        stacks.task = outer
         _remove_last(stacks.conditions, condition)
+        watch.leave()
 
 
 def _remove_last(stack: list[Any], item: object) -> None:
@@ -152,16 +168,27 @@ def batch_in_force() -> Condition | None:
     return next((condition for condition in reversed(stacks.conditions) if condition.is_for_all), None)
 
 
+def holds_now() -> bool:
+    """Tell whether what is in force belongs to what runs: inside a `backward()`, whether it was put in force there."""
+    return stacks.task == graph_task()
+
+
 def push_context(context: ForwardContext) -> None:
     """Open a context; `pop_context` of the same UNet closes it."""
+    watch.enter()
+    context.task = graph_task()
     stacks.contexts.append(context)
+    if stacks.opened is not None:
+        stacks.opened.append(context.film)
 
 
 def pop_context(film: FilmModule) -> ForwardContext | None:
     """Close the innermost context of `film` and return it; nothing happens where none is open."""
     for position in range(len(stacks.contexts) - 1, -1, -1):
         if stacks.contexts[position].film is film:
-            context = stacks.contexts[position]
+            context: ForwardContext = stacks.contexts[position]
+            for _ in stacks.contexts[position:]:
+                watch.leave()
             del stacks.contexts[position:]
             return context
     return None
@@ -173,14 +200,16 @@ def context_of(film: FilmModule, path: str) -> ForwardContext:
     Raises:
         ConditionError: a block ran outside its UNet's forward, or again inside `backward()` without its context.
     """
+    task = graph_task()
     for context in reversed(stacks.contexts):
-        if context.film is film:
-            return context
+        if context.film is film and context.task == task:
+            found: ForwardContext = context
+            return found
     raise ConditionError(
         f"block {path!r} ran without the condition of a UNet forward",
         {
-            "likely": "the UNet's forward was called directly instead of the UNet, or activation checkpointing ran the block again in backward()",
+            "likely": "the UNet's forward was called directly instead of the UNet, or a checkpoint function other than torch's ran the block again",
             "expected": "the block runs inside a call of its UNet",
         },
-        "call `unet(...)`; where a host checkpoints its blocks, its host adapter names that in `HostSpec.recompute`",
+        "call `unet(...)`; where a host has a checkpoint function of its own, its host adapter names that in `HostSpec.recompute`",
     )

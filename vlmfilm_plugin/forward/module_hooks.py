@@ -6,27 +6,60 @@ Instances, not closures: a deepcopied or unpickled UNet's hooks point at its own
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
 from vlmfilm_plugin.film.architecture import Stage
+from vlmfilm_plugin.film.freezing import refuse_unfrozen
 from vlmfilm_plugin.film.layers import identity_for, modulate
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
+from vlmfilm_plugin.film.targets import match_targets, select_stages
 from vlmfilm_plugin.forward import context as conditioning
 from vlmfilm_plugin.forward.context import ForwardContext
+from vlmfilm_plugin.forward.uncompiled import uncompiled
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 
-F = TypeVar("F", bound=Callable[..., Any])
 
+@dataclass
+class Expected:
+    """What must still hold when the UNet first runs: its `__init__`, or a subclass's, may have gone on after FiLM was attached.
 
-def _uncompiled(function: F) -> F:
-    """Keep a function out of compiled code; torch's own decorator has no types."""
-    disable: Any = torch.compiler.disable
-    return cast(F, disable(function))
+    Attributes:
+        pattern: module path pattern of the blocks.
+        decoder_stages: the selection, None for all.
+        own_film: name of the argument of `forward` through which the UNet's own FiLM would be conditioned, or None.
+        frozen_by: origin of `freeze_host: true`, or None.
+    """
+
+    pattern: str
+    decoder_stages: tuple[int, ...] | None
+    own_film: str | None = None
+    frozen_by: str | None = None
+
+    def check(self, unet: nn.Module, film: FilmModule) -> None:
+        """Check that the blocks that carry FiLM are still those that the settings select, and that what is frozen still is.
+
+        Raises:
+            HostError: blocks appeared, or disappeared.
+            SettingsError: parameters of the host train although it was frozen.
+        """
+        owner = type(unet).__name__
+        matched = match_targets(dict(unet.named_modules()), self.pattern, owner=owner, origin="attachment")
+        now = {target.path for target in select_stages(matched, self.decoder_stages, owner=owner, origin="attachment")}
+        attached = {stage.path for stage in film.architecture.stages}
+        if now != attached:
+            raise HostError(
+                f"the decoder of {owner} has changed since FiLM was attached",
+                {"found": ", ".join(sorted(now)), "expected": ", ".join(sorted(attached)) + "   (these carry FiLM)"},
+                "build the whole decoder inside the class's `__init__`, or attach after the last change",
+            )
+        if self.frozen_by is not None:
+            refuse_unfrozen(unet, self.frozen_by)
 
 
 class OpenContext:
@@ -35,12 +68,14 @@ class OpenContext:
     Args:
         arguments: names of the forward's arguments after self; the first is the UNet's input.
         condition: name of the one that holds the condition image, or None.
+        expected: what is checked at the first forward.
     """
 
-    def __init__(self, arguments: Sequence[str], condition: str | None) -> None:
-        self.arguments, self.condition = tuple(arguments), condition
+    def __init__(self, arguments: Sequence[str], condition: str | None, expected: Expected) -> None:
+        self.arguments, self.condition, self.expected = tuple(arguments), condition, expected
+        self._is_checked = False
 
-    @_uncompiled
+    @uncompiled
     def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         film = getattr(unet, ATTRIBUTE)
         try:
@@ -61,6 +96,15 @@ class OpenContext:
                 {"found": repr(mode), "expected": repr(film.mode)},
                 "build the model in a process with the mode you want, and load its weights, instead of a pickled model",
             )
+        if not self._is_checked:
+            self.expected.check(unet, film)
+            self._is_checked = True
+        if self.expected.own_film is not None and arguments.get(self.expected.own_film) is not None:
+            raise HostError(
+                f"two FiLMs would act in this {type(unet).__name__}: its own and the plugin's",
+                {"found": f"a call with `{self.expected.own_film}`, which conditions the UNet's own FiLM", "expected": "exactly one FiLM"},
+                "switch the host's own FiLM off, or remove the plugin's: `handle.remove()`, or a run without VLM_FILM_MODE",
+            )
         condition = conditioning.condition_for(film)
         if condition is None and film.mode == "off":
             return ForwardContext(film, None)
@@ -70,6 +114,12 @@ class OpenContext:
                 {"mode": film.mode, "expected": "a call inside a step method that a host adapter publishes, or inside `handle.condition(...)`"},
                 "wrap the call: `with vlmfilm_plugin.running_batch(batch, phase=...):` or `with handle.condition(features=...):`",
             )
+        if not conditioning.holds_now():
+            raise ConditionError(
+                f"{type(unet).__name__} runs again in backward(), and the condition of its forward is not known any more",
+                {"found": "a condition from outside of this backward()", "likely": "a checkpoint function other than torch's around the whole UNet"},
+                "use torch.utils.checkpoint; a host's own checkpoint function stands in its adapter's `HostSpec.recompute`",
+            )
         name = next((name for name in self.arguments[:1] if name in arguments), next(iter(arguments)))
         return condition.open_context(film, arguments[name], arguments.get(self.condition) if self.condition else None)
 
@@ -77,7 +127,7 @@ class OpenContext:
 class CloseContext:
     """Forward hook of the UNet; runs when its forward raises, too, then with no output."""
 
-    @_uncompiled
+    @uncompiled
     def __call__(self, unet: nn.Module, args: Any, output: Any) -> None:
         film = getattr(unet, ATTRIBUTE)
         context = conditioning.pop_context(film)
@@ -111,7 +161,7 @@ class ModulateBlock:
             return None if self.film.mode == "off" else modulate(output, self.inputs.gamma, self.inputs.beta)  # type: ignore[arg-type]
         return self._modulate(output)
 
-    @_uncompiled
+    @uncompiled
     def _modulate(self, output: Tensor) -> Tensor | None:
         stage = self.film.architecture.stages[self.head]
         context = conditioning.context_of(self.film, stage.path)
@@ -129,10 +179,13 @@ class ModulateBlock:
             )
         result = context.gated(output, modulate(output, gamma, beta))
         if context.recorder is not None:
-            context.recorder.record(stage.index, output, result, gamma, beta, context.cond_vec())
+            # Without a graph: what is saved for backward() must be the same when the block runs again, unrecorded.
+            with torch.no_grad():
+                context.recorder.record(stage.index, output, result, gamma, beta, context.cond_vec())
         return result
 
 
+@torch.no_grad()
 def _assert_identity(x: Tensor, stage: Stage, context: ForwardContext) -> None:
     """Check on a logged step that gamma 1 and beta 0 leave x alone to the bit."""
     gamma, beta = identity_for(x)

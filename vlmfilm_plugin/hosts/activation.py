@@ -138,7 +138,7 @@ class Activation:
         if isinstance(getattr(sys, "last_value", None), VlmFilmError):
             # The run ended with an error of ours, which says what is wrong; this would bury it.
             return
-        is_attached = self._runtime is not None and self._runtime.attached > 0
+        is_attached = self._runtime is not None and bool(self._runtime.attached or self._runtime.left)
         if not self.seen or is_attached or any(fate.startswith("stopped") for fate in self.seen.values()):
             return
         _say(f"WARNING: {MODE_VARIABLE}={self.environ.get(MODE_VARIABLE)} was set, but VLM-FiLM was NOT active in this process: nothing was attached")

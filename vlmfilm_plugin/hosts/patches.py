@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from vlmfilm_plugin.host_spec import Config, HostSpec, ImageFiles, Steps, UNet
+from vlmfilm_plugin.host_spec import Config, HostSpec, ImageFiles, Model, Steps, UNet
+from vlmfilm_plugin.hosts import own_film
+from vlmfilm_plugin.hosts.wrapping import Undo, replace, undo_all, when_built, wrap
 
 if TYPE_CHECKING:
     from vlmfilm_plugin.run.runtime import Runtime
@@ -17,46 +19,65 @@ if TYPE_CHECKING:
 _MARK = "__vlmfilm_patched__"
 
 
-def patch_host(module: ModuleType, spec: HostSpec, runtime: Runtime) -> None:
-    """Patch what a host module contributes; a second call for the same classes changes nothing."""
+def patch_host(module: ModuleType, spec: HostSpec, runtime: Runtime) -> Undo:
+    """Patch what a host module contributes; a second call for the same classes changes nothing. Return the undo."""
+    undos: list[Undo] = []
+
+    def once(owner: Any, what: str, patch: Callable[[], list[Undo]]) -> None:
+        if what not in _patched(owner):
+            undos.extend(patch())
+            setattr(owner, _MARK, _patched(owner) | {what})
+            undos.append(lambda: setattr(owner, _MARK, _patched(owner) - {what}))
+
     for unet in spec.unets:
-        _once(unet.cls, "unet", lambda unet=unet: _patch_unet(unet, runtime))  # type: ignore[misc]
+        once(unet.cls, "unet", lambda unet=unet: [_patch_unet(unet, runtime)])  # type: ignore[misc]
     for steps in spec.steps:
         for method, phase in steps.phases.items():
-            _once(steps.cls, f"step {method}", lambda steps=steps, m=method, p=phase: _patch_step(steps, m, p, runtime))  # type: ignore[misc]
+            once(steps.cls, f"step {method}", lambda steps=steps, m=method, p=phase: [_patch_step(steps, m, p, runtime)])  # type: ignore[misc]
     for model in spec.models:
-        _once(model, "model", lambda model=model: _patch_model(model, spec.name, runtime))  # type: ignore[misc]
+        described = model if isinstance(model, Model) else Model(cls=model)
+        once(described.cls, "model", lambda model=described: _patch_model(model, spec.name, runtime))  # type: ignore[misc]
     for config in spec.configs:
-        _once(config.cls, f"config {config.method}", lambda config=config: _patch_config(config, runtime))  # type: ignore[misc]
-    for image_files in spec.image_files:
-        _once(image_files.cls, "image_files", lambda image_files=image_files: _patch_image_files(image_files, runtime))  # type: ignore[misc]
+        once(config.cls, f"config {config.method}", lambda config=config: [_patch_config(config, runtime)])  # type: ignore[misc]
+    for sources in spec.image_files:
+        once(sources.cls, "sources", lambda sources=sources: [_patch_image_files(sources, runtime)])  # type: ignore[misc]
     for name in spec.recompute:
-        # `from torch.utils import checkpoint` would be a module: its calls are not seen, and a recomputed block then raises.
         function = vars(module).get(name)
         # By the function itself: a reload puts a plain one in the place of ours and keeps every other name of the module.
         if inspect.isroutine(function) and not isinstance(function, wrapt.FunctionWrapper):
-            _patch_recompute(module, name)
+            undos.append(_patch_recompute(module, name))
+    return undo_all(undos)
 
 
-def _once(owner: Any, what: str, patch: Callable[[], None]) -> None:
-    done = owner.__dict__.get(_MARK, frozenset())
-    if what not in done:
-        patch()
-        setattr(owner, _MARK, done | {what})
+def _patched(owner: Any) -> frozenset[str]:
+    done: frozenset[str] = vars(owner).get(_MARK, frozenset())
+    return done
 
 
-def _patch_unet(spec: UNet, runtime: Runtime) -> None:
-    def init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
-        wrapped(*args, **kwargs)
-        runtime.attach(instance, spec)
+def _patch_unet(spec: UNet, runtime: Runtime) -> Undo:
+    def built(unet: Any) -> None:
+        described = next(cls for cls in type(unet).__mro__ if "unet" in _patched(cls))
+        if described is not spec.cls:
+            return  # A subclass with a description of its own.
+        is_known, instead = own_film.said_by_models()
+        if not is_known and spec.own_film is not None and (instead := spec.own_film(unet)) is not None:
+            own_film.leave(unet, instead)
+            own_film.announce(unet, runtime.mode)
+        if instead is None:
+            runtime.attach(unet, spec)
+        else:
+            own_film.leave(unet)
+            runtime.left += 1
 
-    wrapt.wrap_function_wrapper(spec.cls, "__init__", init)
+    return when_built(spec.cls, built)
 
 
-def _patch_step(spec: Steps, method: str, phase: str | Callable[[Any], str], runtime: Runtime) -> None:
+def _patch_step(spec: Steps, method: str, phase: str | Callable[[Any], str], runtime: Runtime) -> Undo:
     signature = inspect.signature(getattr(spec.cls, method))
 
     def step(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        if own_film.is_left(instance):
+            return wrapped(*args, **kwargs)
         arguments = signature.bind(instance, *args, **kwargs).arguments
         arguments.pop(next(iter(signature.parameters)))
         batch_idx = arguments.get("batch_idx")
@@ -70,42 +91,68 @@ def _patch_step(spec: Steps, method: str, phase: str | Callable[[Any], str], run
         ):
             return wrapped(*args, **kwargs)
 
-    wrapt.wrap_function_wrapper(spec.cls, method, step)
+    return wrap(spec.cls, method, step)
 
 
-def _patch_model(model: type, host: str, runtime: Runtime) -> None:
-    def init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
-        wrapped(*args, **kwargs)
-        runtime.require_film(instance, host)
+def _patch_model(model: Model, host: str, runtime: Runtime) -> list[Undo]:
+    def around(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        return own_film.building(model.own_film, wrapped, instance, args, kwargs)
 
-    wrapt.wrap_function_wrapper(model, "__init__", init)
-    if not hasattr(model, "on_load_checkpoint"):
-        return
+    def built(instance: Any) -> None:
+        if own_film.is_left(instance):
+            own_film.announce(instance, runtime.mode)
+            runtime.left += 1
+        elif own_film.has_left(instance):
+            own_film.leave(instance)
+        else:
+            runtime.require_film(instance, host)
 
-    def save(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        result = wrapped(*args, **kwargs)
-        runtime.save_checkpoint(instance, args[0] if args else kwargs["checkpoint"])
-        return result
+    undos = [when_built(model.cls, built, around)]
+    return undos + (_patch_lightning(model.cls, runtime) if hasattr(model.cls, "on_load_checkpoint") else [])
 
-    def load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        runtime.load_checkpoint(instance, args[0] if args else kwargs["checkpoint"])
-        return wrapped(*args, **kwargs)
+
+def _patch_lightning(model: Any, runtime: Runtime) -> list[Undo]:
+    def save(instance: Any, checkpoint: Any) -> None:
+        runtime.save_checkpoint(instance, checkpoint)
+
+    def load(instance: Any, checkpoint: Any) -> None:
+        runtime.load_checkpoint(instance, checkpoint)
 
     def report(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        runtime.diagnostics.report_validation()
+        if not own_film.is_left(instance):
+            runtime.diagnostics.report_validation()
         return wrapped(*args, **kwargs)
 
     def configure(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        return runtime.optimizers_configured(instance, wrapped(*args, **kwargs))
+        configured = wrapped(*args, **kwargs)
+        return configured if own_film.is_left(instance) else runtime.optimizers_configured(instance, configured)
 
-    wrapt.wrap_function_wrapper(model, "configure_optimizers", configure)
-    wrapt.wrap_function_wrapper(model, "on_save_checkpoint", save)
-    wrapt.wrap_function_wrapper(model, "on_load_checkpoint", load)
-    wrapt.wrap_function_wrapper(model, "on_fit_end", report)
-    _patch_load_from_checkpoint(model, runtime)
+    return [
+        wrap(model, "configure_optimizers", configure),
+        wrap(model, "on_save_checkpoint", _with_checkpoint(after=save)),
+        wrap(model, "on_load_checkpoint", _with_checkpoint(before=load)),
+        wrap(model, "on_fit_end", report),
+        _patch_load_from_checkpoint(model, runtime),
+    ]
 
 
-def _patch_load_from_checkpoint(model: Any, runtime: Runtime) -> None:
+def _with_checkpoint(
+    before: Callable[[Any, Any], None] | None = None, after: Callable[[Any, Any], None] | None = None
+) -> Callable[[Any, Any, Any, Any], Any]:
+    def hook(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        is_left = own_film.is_left(instance)
+        checkpoint = args[0] if args else kwargs["checkpoint"]
+        if before is not None and not is_left:
+            before(instance, checkpoint)
+        result = wrapped(*args, **kwargs)
+        if after is not None and not is_left:
+            after(instance, checkpoint)
+        return result
+
+    return hook
+
+
+def _patch_load_from_checkpoint(model: Any, runtime: Runtime) -> Undo:
     # Lightning's own descriptor, which only binds to a class: wrapt's function wrapper does not know it.
     original = inspect.getattr_static(model, "load_from_checkpoint")
 
@@ -114,10 +161,10 @@ def _patch_load_from_checkpoint(model: Any, runtime: Runtime) -> None:
             return original.__get__(None, cls)(checkpoint_path, *args, **kwargs)
 
     load_from_checkpoint.__doc__ = model.load_from_checkpoint.__doc__
-    model.load_from_checkpoint = classmethod(load_from_checkpoint)
+    return replace(model, "load_from_checkpoint", classmethod(load_from_checkpoint))
 
 
-def _patch_config(spec: Config, runtime: Runtime) -> None:
+def _patch_config(spec: Config, runtime: Runtime) -> Undo:
     signature = inspect.signature(getattr(spec.cls, spec.method))
 
     def read(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -126,18 +173,14 @@ def _patch_config(spec: Config, runtime: Runtime) -> None:
         runtime.host_config(spec.read(arguments), spec.resume(arguments) if spec.resume else None)
         return wrapped(*args, **kwargs)
 
-    wrapt.wrap_function_wrapper(spec.cls, spec.method, read)
+    return wrap(spec.cls, spec.method, read)
 
 
-def _patch_image_files(spec: ImageFiles, runtime: Runtime) -> None:
-    def init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
-        wrapped(*args, **kwargs)
-        runtime.learn_image_files(spec.read(instance))
-
-    wrapt.wrap_function_wrapper(spec.cls, "__init__", init)
+def _patch_image_files(spec: ImageFiles, runtime: Runtime) -> Undo:
+    return when_built(spec.cls, lambda dataset: runtime.learn_image_files(spec.read(dataset)))
 
 
-def _patch_recompute(module: ModuleType, name: str) -> None:
+def _patch_recompute(module: ModuleType, name: str) -> Undo:
     from vlmfilm_plugin.forward.recompute import bind
 
     def checkpoint(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -145,4 +188,4 @@ def _patch_recompute(module: ModuleType, name: str) -> None:
             return wrapped(bind(args[0]), *args[1:], **kwargs)
         return wrapped(**{**kwargs, "function": bind(kwargs["function"])})
 
-    wrapt.wrap_function_wrapper(module, name, checkpoint)
+    return wrap(module, name, checkpoint)

@@ -17,7 +17,7 @@ from vlmfilm_plugin.checkpoints.facts import CheckpointFacts
 from vlmfilm_plugin.checkpoints.metadata import adapt, write_metadata
 from vlmfilm_plugin.checkpoints.peek import peek
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
-from vlmfilm_plugin.film.freezing import freeze_host, keep_trainable
+from vlmfilm_plugin.film.freezing import freeze_host, keep_trainable, refuse_unfrozen
 from vlmfilm_plugin.film.module import ATTRIBUTE, film_modules
 from vlmfilm_plugin.forward import context as conditioning
 from vlmfilm_plugin.forward.attach import install
@@ -51,6 +51,8 @@ class Runtime:
         self.states = FilmStates(lambda: self.settings)
         self.files: dict[str, Path | None] = {}
         self.attached = 0
+        # Models and UNets with FiLM of their own, left to their owners.
+        self.left = 0
 
     # Settings
 
@@ -111,7 +113,9 @@ class Runtime:
         settings = self.settings
         if MODE_VARIABLE in self._environ:
             refuse_changed_mode(self._environ[MODE_VARIABLE])
-        handle = install(unet, settings, self.mode, targets=spec.targets, channels=spec.channels, condition=spec.condition)
+        handle = install(
+            unet, settings, self.mode, targets=spec.targets, channels=spec.channels, condition=spec.condition, own_film=spec.own_condition
+        )
         self.attached += 1
         self.states.built(handle.film, settings)
         stages = ", ".join(f"{stage.index} ({stage.path}, {stage.channels})" for stage in handle.stages)
@@ -152,7 +156,10 @@ class Runtime:
 
     def optimizers_configured(self, model: nn.Module, configured: Any) -> Any:
         """Leave frozen parameters out of the optimizers that a host has configured; return them."""
-        return keep_trainable(configured) if self._is_frozen(model) else configured
+        if not self._is_frozen(model):
+            return configured
+        refuse_unfrozen(model, self.states.settings_of(film_modules(model)[0]).origin("freeze_host"))
+        return keep_trainable(configured)
 
     def save_checkpoint(self, model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         """Add FiLM's metadata to a checkpoint that the host is about to save."""
