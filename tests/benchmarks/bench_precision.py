@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_qwen import build
 
 from vlmfilm_plugin.encoders.registry import build_encoder
-from vlmfilm_plugin.features.store.store import FeatureStore, StoredFeature
+from vlmfilm_plugin.features.store.protocol import StoredFeature
+from vlmfilm_plugin.features.store.store import FeatureStore
 from vlmfilm_plugin.settings.layers import resolve
 
 

@@ -25,7 +25,8 @@ import numpy as np
 
 from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.features.provider import stack
-from vlmfilm_plugin.features.store.store import FeatureStore, SourceStamp, StoredFeature
+from vlmfilm_plugin.features.store.protocol import SourceStamp, StoredFeature
+from vlmfilm_plugin.features.store.store import FeatureStore
 
 IDENTITY = EncoderIdentity({"encoder": "bench", "width": 2048})
 WIDTH, WRITE_BATCH, READ_BATCH, READS, ROUNDS, COLD_READS = 2048, 64, 8, 100, 60, 200

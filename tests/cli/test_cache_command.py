@@ -15,7 +15,8 @@ from vlmfilm_plugin.cli import main
 from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.errors import StoreError
 from vlmfilm_plugin.features.store.admin import opened, prune
-from vlmfilm_plugin.features.store.store import FeatureStore, SourceStamp, StoredFeature
+from vlmfilm_plugin.features.store.protocol import SourceStamp, StoredFeature
+from vlmfilm_plugin.features.store.store import FeatureStore
 
 A, B = EncoderIdentity({"encoder": "aa", "model": "x"}), EncoderIdentity({"encoder": "bb", "model": "y"})
 STAMP = SourceStamp(3, 1_700_000_000_123_456_789, "ab" * 16)
@@ -76,7 +77,8 @@ def test_verify_finds_damage_and_exits_1(folder: Path, capsys: pytest.CaptureFix
     change(folder, "UPDATE features SET note = 'other' WHERE key = ?", b"k2")
     change(folder, "UPDATE features SET data = zeroblob(8) WHERE key = ?", b"k3")
     change(folder, "UPDATE namespaces SET facts = '{}' WHERE fingerprint = ?", B.fingerprint)
-    change(folder, "INSERT INTO features SELECT 77, key, 1, 1, NULL, dtype, width, data, checksum, created, NULL FROM features WHERE key = ?", b"k0")
+    columns = "dtype, width, data, checksum, created"
+    change(folder, f"INSERT INTO features SELECT 77, key, 1, 1, '', NULL, {columns}, NULL FROM features WHERE key = ?", b"k0")
     found = call(capsys, "verify", "--cache-dir", folder, "--json", code=1)
     assert found["damaged"] == [[A.fingerprint, "k2"], [A.fingerprint, "k3"]] and len(found["problems"]) == 2
     text = call(capsys, "verify", "--cache-dir", folder, code=1)
@@ -85,7 +87,7 @@ def test_verify_finds_damage_and_exits_1(folder: Path, capsys: pytest.CaptureFix
 
 def test_merge_takes_the_newer_of_two_and_leaves_damage_behind(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with FeatureStore(tmp_path / "old") as old:
-        old.write(A, [StoredFeature("k1", np.full(4, -1)), StoredFeature("only old", np.full(4, 5)), StoredFeature("bad", np.full(4, 5))])
+        old.write(A, [StoredFeature("k1", np.full(4, -1), STAMP), StoredFeature("only old", np.full(4, 5)), StoredFeature("bad", np.full(4, 5))])
     change(tmp_path / "old", "UPDATE features SET created = 1.0")
     change(tmp_path / "old", "UPDATE features SET checksum = 0 WHERE key = ?", b"bad")
     found = call(capsys, "merge", tmp_path / "old", folder, tmp_path / "new", "--json", code=1)

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.errors import FeatureError, ImageReadError, StoreError
-from vlmfilm_plugin.features.store.store import FeatureStore, SourceStamp, StoredFeature
+from vlmfilm_plugin.features.store.protocol import SourceStamp, StoredFeature
+from vlmfilm_plugin.features.store.store import FeatureStore
 
 A, B = EncoderIdentity({"encoder": "a", "model": "x"}), EncoderIdentity({"encoder": "a", "model": "y"})
 FORK = multiprocessing.get_context("fork")
@@ -265,7 +266,7 @@ def test_a_migration_that_fails_leaves_no_half_schema(tmp_path: Path, monkeypatc
         FeatureStore(tmp_path)
     monkeypatch.undo()
     with FeatureStore(tmp_path) as store:
-        assert _raw(store, "PRAGMA user_version") == [(2,)]
+        assert _raw(store, "PRAGMA user_version") == [(3,)]
         assert _raw(store, "SELECT count(*) FROM sqlite_master WHERE name = 'extra'") == [(0,)]
 
 
@@ -309,7 +310,8 @@ def test_unknown_dtype_is_refused(tmp_path: Path) -> None:
 WRITER = """
 import sys, numpy as np
 from vlmfilm_plugin.encoders.base import EncoderIdentity
-from vlmfilm_plugin.features.store.store import FeatureStore, StoredFeature
+from vlmfilm_plugin.features.store.protocol import StoredFeature
+from vlmfilm_plugin.features.store.store import FeatureStore
 store, identity = FeatureStore(sys.argv[1], "float32"), EncoderIdentity({"encoder": "a", "model": "x"})
 for batch in range(int(sys.argv[3])):
     store.write(identity, [StoredFeature(f"{sys.argv[2]}-{batch:05d}-{i}", np.full(512, batch, np.float32)) for i in range(16)])

@@ -25,7 +25,8 @@ from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
 from vlmfilm_plugin.errors import StoreError
 from vlmfilm_plugin.features.store.admin import opened, verify
-from vlmfilm_plugin.features.store.store import FeatureStore, StoredFeature
+from vlmfilm_plugin.features.store.protocol import StoredFeature
+from vlmfilm_plugin.features.store.store import FeatureStore
 from vlmfilm_plugin.warmup.encode import warm_up
 
 IDENTITY = EncoderIdentity({"encoder": "faults", "model": "x"})

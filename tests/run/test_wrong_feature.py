@@ -199,7 +199,8 @@ READ_ONLY = """
 import sys
 from vlmfilm_plugin import StoreError
 from vlmfilm_plugin.encoders.base import EncoderIdentity
-from vlmfilm_plugin.features.store.store import FeatureStore, StoredFeature
+from vlmfilm_plugin.features.store.protocol import StoredFeature
+from vlmfilm_plugin.features.store.store import FeatureStore
 import numpy as np
 store = FeatureStore(sys.argv[1])
 identity = EncoderIdentity({"encoder": "x"})
@@ -213,7 +214,7 @@ except StoreError as error:
 
 def test_a_complete_store_on_a_read_only_mount_is_read_and_a_write_is_refused(tmp_path: Path) -> None:
     from vlmfilm_plugin.encoders.base import EncoderIdentity
-    from vlmfilm_plugin.features.store.store import StoredFeature
+    from vlmfilm_plugin.features.store.protocol import StoredFeature
 
     with FeatureStore(tmp_path / "cache") as store:
         store.write(EncoderIdentity({"encoder": "x"}), [StoredFeature("a", np.ones(3))])

@@ -123,7 +123,8 @@ def test_a_folder_is_keyed_as_a_batch_with_file_paths_would_be(tmp_path: Path) -
     batch = {"filepath": [str(path) for path in paths]}
     source.get(source.samples_of(batch, torch.zeros(2, 1, 8, 8), (0.0, 1.0)))
     rooted = quiet(tmp_path / "data", tmp_path, settings={"dataset_root": str(tmp_path / "data")}, as_split="train")
-    assert rooted.encoded == 2 and "train:deep/er/0000.png" in keys_in(tmp_path / "cache")
+    assert (rooted.encoded, rooted.hits) == (0, 2), "the same files under other keys"
+    assert "train:deep/er/0000.png" in keys_in(tmp_path / "cache")
 
 
 def test_lists_name_keys_names_and_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,12 +156,14 @@ def test_a_list_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> None:
             read_plan(path, ["train"])
 
 
-def test_two_files_under_one_key_are_reported_and_neither_is_stored(tmp_path: Path) -> None:
+def test_two_files_under_one_key_are_both_stored(tmp_path: Path) -> None:
     paths = make_images(tmp_path / "imgs", 3)
     (tmp_path / "l.csv").write_text(f"path,key\n{paths[0]},same\n{paths[1]},same\n{paths[2]},other\n{paths[2]},other\n")
     report = quiet(tmp_path / "l.csv", tmp_path)
-    assert (report.total, report.encoded, [path for path, _ in report.failures]) == (3, 1, [str(paths[0]), str(paths[1])])
-    assert keys_in(tmp_path / "cache") == ["other"]
+    assert (report.total, report.encoded, report.failures) == (3, 3, [])
+    assert keys_in(tmp_path / "cache") == ["other", "same"]
+    again = quiet(tmp_path / "l.csv", tmp_path)
+    assert (again.hits, again.encoded) == (3, 0)
 
 
 # Images
@@ -352,14 +355,16 @@ def test_a_store_of_the_first_schema_keeps_its_features(tmp_path: Path) -> None:
 
     quiet(make_images(tmp_path / "imgs", 3)[0].parent, tmp_path)
     with sqlite3.connect(tmp_path / "cache" / "features.sqlite") as new:
-        namespaces, rows = new.execute("SELECT * FROM namespaces").fetchall(), new.execute("SELECT * FROM features").fetchall()
+        columns = "source_digest || '@' || source_place, dtype, width, data, checksum, created"
+        rows = new.execute(f"SELECT namespace, key, source_size, source_mtime_ns, {columns} FROM features").fetchall()
+        namespaces = new.execute("SELECT * FROM namespaces").fetchall()
     old = tmp_path / "old" / "features.sqlite"
     old.parent.mkdir()
     with sqlite3.connect(old) as connection:
         for statement in (*store_file._MIGRATIONS[0], "PRAGMA user_version = 1"):
             connection.execute(statement)
         connection.executemany("INSERT INTO namespaces VALUES (?, ?, ?, ?)", namespaces)
-        connection.executemany("INSERT INTO features VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", [row[:10] for row in rows])
+        connection.executemany("INSERT INTO features VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
     assert warm_up(tmp_path / "imgs", (), {"encoder": "descriptor", "cache_dir": str(old.parent)}, show_progress=False).hits == 3
     with sqlite3.connect(old) as connection:
         assert connection.execute("PRAGMA user_version").fetchone() == (len(store_file._MIGRATIONS),)

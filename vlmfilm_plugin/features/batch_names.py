@@ -1,4 +1,4 @@
-"""What a batch says about its rows: names, splits, source files (reference.md, section 3).
+"""What a batch says about its rows: names, splits, source files (reference.md, section 3), found once a batch.
 
 Reads whatever a host or MONAI put into a batch and never fails on an odd one. Tensors are duck-typed: torch is not imported.
 """
@@ -7,108 +7,216 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlmfilm_plugin.features.content_hash import attempt, row_vectors
 
 NAME = "name"
-
+_META = "meta"
+_IMAGE_META = "image_meta_dict"
 _TENSOR_META = "batch['image'].meta"
-
 _META_FIELDS = ("filename_or_obj", "filepath", "path", "filename", "image_id")
-
-_C_FIELDS = ("meta_dict", "metadata", "meta", "image_path", "path", "image_id", "id", "filename")
-
+_C_FIELDS = ("meta_dict", "metadata", _META, "image_path", "path", "image_id", "id", "filename")
 _E_FIELDS = ("filepath", "path", "image_id", "id", "filename", "index", "idx", "case_id")
-
 _SPLIT_FIELDS = ("split", "stage", "mode")
-
 _PATH_FIELDS = frozenset({"filename_or_obj", "filepath", "path", "image_path", "filename"})
-
+_ALL_FIELDS = tuple(dict.fromkeys((NAME, _IMAGE_META, *_C_FIELDS, *_E_FIELDS, *_SPLIT_FIELDS, "image")))
 _SUFFIX = re.compile(r"::|[|#?]")
-
 # Which crop of which image a row is. The last two are vectors, one a row.
 _CROP_FIELDS = ("patch_index", "crop_center", "spatial_shape")
 
-# A source: how it is written in a log line, its last field, and what the batch holds there.
-_Source = tuple[str, str, object]
+
+@dataclass(frozen=True)
+class _Source:
+    """A place that may name the rows: how it is written in a log line, its last field, and what the batch holds there."""
+
+    label: str
+    field: str
+    held: object
+
+
+@dataclass(frozen=True)
+class RowNames:
+    """What a batch says about its rows.
+
+    Attributes:
+        splits: one a row.
+        names: one a row, cut (see `cut_name`), from the first source that names every row; None where there is none.
+        source: the expression that gave them, such as `batch['name']`; empty where there is none.
+        is_path: whether that source holds paths.
+        paths: the untouched file of each row, or None: the whole image, whatever crop of it the row holds.
+    """
+
+    splits: tuple[str, ...]
+    names: tuple[str, ...] | None
+    source: str
+    is_path: bool
+    paths: tuple[Path | None, ...]
+
+    @classmethod
+    def find(
+        cls,
+        batch: object,
+        rows: int,
+        *,
+        dataset_root: str | os.PathLike[str] | None = None,
+        files: Mapping[str, Path | None] | None = None,
+    ) -> RowNames:
+        """Find names, splits and files of a batch.
+
+        Files: `batch["image"].meta`, `batch["image_meta_dict"]`, the other path fields, `dataset_root` / name, then `files`. A relative
+        path is tried against the working directory, then against `dataset_root`.
+
+        Args:
+            batch: what the host's data loader gave; anything, None included.
+            files: the untouched file behind a name, as the host's data sets know it.
+        """
+        fields = _fields(batch)
+        sources = _sources(fields)
+        read: dict[int, list[str] | None] = {}
+        names, named_by = None, None
+        for position, source in enumerate(sources):
+            texts = read[position] = names_in(source.held, rows, is_shared=source.field == NAME)
+            if texts is not None and (names := _cut(texts, is_name=source.field == NAME)) is not None:
+                named_by = source
+                break
+        paths = _find_paths(sources, read, rows, dataset_root)
+        if files and None in paths and (own := names_in(fields.get(NAME), rows)) is not None:
+            paths = [path or files.get(name) for path, name in zip(paths, own, strict=True)]
+        return cls(
+            splits=tuple(_splits(fields, rows)),
+            names=None if names is None else tuple(names),
+            source="" if named_by is None else named_by.label,
+            is_path=named_by is not None and named_by.field in _PATH_FIELDS,
+            paths=tuple(paths),
+        )
 
 
 def split_of(batch: object, rows: int) -> list[str]:
     """Return the split of each row: `batch["split"]`, else `stage`, else `mode`, else `unknown`; a text is shared by all rows."""
+    return _splits(_fields(batch), rows)
+
+
+def source_paths(batch: object, rows: int, *, dataset_root: str | os.PathLike[str] | None = None) -> list[Path | None]:
+    """Return the file on disk behind each row, or None where none is found (see `RowNames.find`)."""
+    return _find_paths(_sources(_fields(batch)), {}, rows, dataset_root)
+
+
+def _fields(batch: object) -> dict[str, Any]:
+    """Return what the batch holds under the fields that can say something; a field that cannot be read says nothing."""
+    held: dict[str, Any] = {}
+    if type(batch) is dict:
+        for field in _ALL_FIELDS:
+            if field in batch:
+                held[field] = batch[field]
+    elif isinstance(batch, Mapping):
+        for field in _ALL_FIELDS:
+            value = get_field(batch, field)
+            if value is not None:
+                held[field] = value
+    return held
+
+
+def _splits(fields: Mapping[str, Any], rows: int) -> list[str]:
     for field in _SPLIT_FIELDS:
-        held = get_field(batch, field)
+        held = fields.get(field)
+        if held is None:
+            continue
         splits = names_in(getattr(held, "value", held) if isinstance(held, str) else held, rows, is_shared=True)
         if splits is not None:
             return splits
     return ["unknown"] * rows
 
 
-def names_of(batch: object, rows: int) -> list[str] | None:
-    """Return `batch["name"]`, uncut, when it holds one name a row, else None."""
-    return names_in(get_field(batch, NAME), rows)
+def _sources(fields: Mapping[str, Any]) -> list[_Source]:
+    """Return the sources A to E that are there, in order."""
+    found: list[_Source] = []
+    if NAME in fields:
+        found.append(_Source(f"batch[{NAME!r}]", NAME, fields[NAME]))
+    if _IMAGE_META in fields:
+        _add_meta(found, f"batch[{_IMAGE_META!r}]", fields[_IMAGE_META])
+    for field in _C_FIELDS:
+        if field in fields:
+            held = fields[field]
+            found.append(_Source(f"batch[{field!r}]", field, held))
+            # Only a mapping, or a list of them, holds metadata; names and tensors are the common case.
+            if not isinstance(held, str) and not hasattr(held, "shape"):
+                _add_meta(found, f"batch[{field!r}]", held)
+    if "image" in fields:
+        meta = getattr(fields["image"], _META, None)
+        if meta is not None:
+            _add_meta(found, _TENSOR_META, meta)
+    for field in _E_FIELDS:
+        if field in fields:
+            found.append(_Source(f"batch[{field!r}]", field, fields[field]))
+    return found
 
 
-def source_paths(batch: object, rows: int, *, dataset_root: str | os.PathLike[str] | None = None) -> list[Path | None]:
-    """Return the file on disk behind each row, or None where none is found.
+def _add_meta(found: list[_Source], label: str, meta: object) -> None:
+    """Add the fields of a metadata mapping, or of a list with one mapping a row, then the same under its `meta`."""
+    for prefix, holder in ((label, meta), (f"{label}['meta']", _column(meta, _META))):
+        if holder is None or isinstance(holder, str):
+            continue
+        for field in _META_FIELDS:
+            held = _column(holder, field)
+            if held is not None:
+                found.append(_Source(f"{prefix}[{field!r}]", field, held))
 
-    Order: `batch["image"].meta`, `batch["image_meta_dict"]`, the other path fields of the batch, then `dataset_root` / name.
-    Relative paths are tried against the working directory, then against `dataset_root`. The file is the whole image,
-    whatever crop of it the row holds.
-    """
+
+def _find_paths(
+    sources: list[_Source], read: Mapping[int, list[str] | None], rows: int, dataset_root: str | os.PathLike[str] | None
+) -> list[Path | None]:
+    """Return the file of each row from the first source that has one; the image's own metadata first, the name last."""
+    tensor = f"{_TENSOR_META}['filename_or_obj']"
+    order = [place for place, source in enumerate(sources) if source.label == tensor]
+    order += [place for place, source in enumerate(sources) if source.field in _PATH_FIELDS]
+    order += [place for place, source in enumerate(sources) if source.field == NAME]
     found: list[Path | None] = [None] * rows
-    for label, field, held in _path_sources(batch):
+    for place in order:
+        source = sources[place]
         # The meta of a MetaTensor may be that of one image: a plain text in it then names the only row.
-        values = names_in(held, rows, is_shared=field == NAME or (rows == 1 and label.startswith(_TENSOR_META)))
+        is_shared = source.field == NAME or (rows == 1 and source.label.startswith(_TENSOR_META))
+        values = read[place] if place in read and read[place] is not None else names_in(source.held, rows, is_shared=is_shared)
         if values is None:
             continue
         for row, value in enumerate(values):
             if found[row] is None:
-                found[row] = _existing(value, field, dataset_root)
+                found[row] = _existing(value, source.field, dataset_root)
         if None not in found:
             break
     return found
 
 
-def key_sources(batch: object) -> Iterator[_Source]:
-    """Yield the sources A to E in order."""
-    yield f"batch[{NAME!r}]", NAME, get_field(batch, NAME)
-    yield from _meta_sources("batch['image_meta_dict']", get_field(batch, "image_meta_dict"))
-    for field in _C_FIELDS:
-        held = get_field(batch, field)
-        yield f"batch[{field!r}]", field, held
-        yield from _meta_sources(f"batch[{field!r}]", held)
-    yield from _meta_sources(_TENSOR_META, _image_meta(batch))
-    for field in _E_FIELDS:
-        yield f"batch[{field!r}]", field, get_field(batch, field)
+def _existing(value: str, field: str, root: str | os.PathLike[str] | None) -> Path | None:
+    cut = cut_name(value, is_name=field == NAME)
+    for text in (value, cut) if cut and cut != value else (value,):
+        if field != NAME and _is_file(text):
+            return Path(text)
+        if root is not None and _is_file(joined := os.path.join(root, text)):
+            return Path(joined)
+    return None
 
 
-def _path_sources(batch: object) -> Iterator[_Source]:
-    yield f"{_TENSOR_META}['filename_or_obj']", "filename_or_obj", get_field(_image_meta(batch), "filename_or_obj")
-    yield from (source for source in key_sources(batch) if source[1] in _PATH_FIELDS)
-    yield f"batch[{NAME!r}]", NAME, get_field(batch, NAME)
-
-
-def _meta_sources(label: str, meta: object) -> Iterator[_Source]:
-    """Yield the fields of a metadata mapping, or of a list with one mapping a row, then the same under its `meta`."""
-    for prefix, holder in ((label, meta), (f"{label}['meta']", _column(meta, "meta"))):
-        for field in _META_FIELDS:
-            yield f"{prefix}[{field!r}]", field, _column(holder, field)
+def _is_file(path: str) -> bool:
+    try:
+        return os.path.isfile(path)
+    except (OSError, ValueError):  # too long for the file system, or a NUL byte: no file has this name
+        return False
 
 
 def _column(holder: object, field: str) -> object:
-    if isinstance(holder, list | tuple) and holder and all(isinstance(item, Mapping) for item in holder):
+    if isinstance(holder, list | tuple):
+        if not holder or not all(isinstance(item, Mapping) for item in holder):
+            return None
         return [get_field(item, field) for item in holder]
     return get_field(holder, field)
 
 
-def _image_meta(batch: object) -> object:
-    return getattr(get_field(batch, "image"), "meta", None)
-
-
-def get_field(holder: object, field: str) -> object:
+def get_field(holder: object, field: str) -> Any:
+    """Return what a mapping holds under a field, or None where it holds nothing, or is none."""
     if not isinstance(holder, Mapping):
         return None
     try:
@@ -117,22 +225,24 @@ def get_field(holder: object, field: str) -> object:
         return None
 
 
-def _is_many(held: object) -> bool:
-    return isinstance(held, list | tuple) or getattr(held, "ndim", None) == 1
-
-
 def names_in(held: object, rows: int, *, is_shared: bool = False) -> list[str] | None:
     """Return one non-empty text a row, or None where `held` does not give exactly that."""
-    if isinstance(held, str | os.PathLike) and is_shared:
-        text = _text(held)
+    if isinstance(held, str | os.PathLike):
+        text = _text(held) if is_shared else ""
         return [text] * rows if text else None
-    if not _is_many(held):
+    if not isinstance(held, list | tuple) and getattr(held, "ndim", None) != 1:
         return None
     values: Any = held if isinstance(held, list | tuple) else attempt(held.tolist)  # type: ignore[attr-defined]
     if not isinstance(values, list | tuple) or len(values) != rows:
         return None
-    texts = [_text(value) for value in values]
-    return [text for text in texts if text] if all(texts) else None
+    texts = []
+    for value in values:
+        # Texts are read in place: this runs for every row of every batch.
+        text = value.strip() if type(value) is str else _text(value)
+        if not text:
+            return None
+        texts.append(text)
+    return texts or None
 
 
 def _text(value: object) -> str:
@@ -149,37 +259,27 @@ def _text(value: object) -> str:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() <= 128 else ""
 
 
+def _cut(names: list[str], *, is_name: bool) -> list[str] | None:
+    """Return names cut as in `cut_name`, or None where nothing is left of one."""
+    cut = [_SUFFIX.split(name.partition("@")[0] if is_name else name, maxsplit=1)[0].strip() for name in names]
+    return None if "" in cut else cut
+
+
 def cut_name(name: str, *, is_name: bool) -> str:
-    if is_name:
-        name = name.split("@", 1)[0]
-    return _SUFFIX.split(name, maxsplit=1)[0].strip()
-
-
-def _existing(value: str, field: str, root: str | os.PathLike[str] | None) -> Path | None:
-    bases = [Path(root)] if root is not None else []
-    if field != NAME:
-        bases.insert(0, Path())
-    for text in dict.fromkeys((value, cut_name(value, is_name=field == NAME))):
-        for base in bases if text else ():
-            path = base / text
-            try:
-                if path.is_file():
-                    return path
-            except (OSError, ValueError):  # too long for the file system, or a NUL byte: no file has this name
-                continue
-    return None
+    """Return a name up to the first of `::`, `|`, `#`, `?`, and, of `batch["name"]`, up to the first `@`."""
+    return _SUFFIX.split(name.partition("@")[0] if is_name else name, maxsplit=1)[0].strip()
 
 
 def crops_of(batch: object, rows: int) -> list[bytes]:
     """Return what the metadata says about the crop of each row, as bytes; empty where it says nothing."""
     parts = [b""] * rows
-    meta = get_field(batch, "image_meta_dict")
+    meta = get_field(batch, _IMAGE_META)
     holders = (
         batch,
         meta,
-        get_field(meta, "meta"),
-        *(get_field(batch, field) for field in ("meta_dict", "metadata", "meta")),
-        _image_meta(batch),
+        get_field(meta, _META),
+        *(get_field(batch, field) for field in ("meta_dict", "metadata", _META)),
+        getattr(get_field(batch, "image"), _META, None),
     )
     for field in _CROP_FIELDS:
         for holder in holders:

@@ -14,27 +14,27 @@ import numpy as np
 from vlmfilm_plugin.errors import ConditionError
 
 
-def content_hashes(image: object, splits: Sequence[str], crops: Sequence[bytes]) -> tuple[str, ...]:
-    """Return `split:fp-<32 hex digits>` for each row of an image: equal content and crop give equal keys, at any position.
+def content_hashes(image: object, crops: Sequence[bytes]) -> list[str]:
+    """Return 32 hex digits for each row of an image: equal content and crop give equal digits, at any position.
 
     Args:
-        splits, crops: one a row; `crops` is what the metadata says about the crop, empty where it says nothing.
+        crops: what the metadata says about the crop of each row, empty where it says nothing.
 
     Shape:
         image: (rows, C, H, W), any dtype, any device.
 
     Raises:
-        ConditionError: `image` has not one array for each split.
+        ConditionError: `image` has not one array for each row.
     """
     rows = row_count(image)
     digests = [_digest(image[row], crop) for row, crop in enumerate(crops)] if rows == len(crops) else []  # type: ignore[index]
     if rows is None or len(digests) != rows or not all(digests):
         raise ConditionError(
             "cannot name the rows of this batch: no field names them, and no image can be hashed",
-            {"found": f"image {type(image).__name__} {getattr(image, 'shape', '')}".rstrip(), "expected": f"a tensor of {len(splits)} rows"},
+            {"found": f"image {type(image).__name__} {getattr(image, 'shape', '')}".rstrip(), "expected": f"a tensor of {len(crops)} rows"},
             "give each row a name in batch['name'], or pass the image",
         )
-    return tuple(f"{split}:fp-{digest}" for split, digest in zip(splits, digests, strict=True))
+    return digests
 
 
 def _digest(row: Any, crop: bytes) -> str:

@@ -6,9 +6,10 @@ Owns the encoder, which therefore lives outside every module, state dict, optimi
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from vlmfilm_plugin.encoders.base import Encoder, encode_annotated
 from vlmfilm_plugin.encoders.registry import build_encoder
-from vlmfilm_plugin.errors import FeatureError, MissingFeatureError
-from vlmfilm_plugin.features.batch_names import names_of, source_paths, split_of
-from vlmfilm_plugin.features.cache_key import FINGERPRINT, cache_keys, content_keys, path_key
+from vlmfilm_plugin.errors import FeatureError, MissingFeatureError, StoreError
+from vlmfilm_plugin.features.batch_names import RowNames
+from vlmfilm_plugin.features.cache_key import content_keys, sample_keys
 from vlmfilm_plugin.features.images import from_array, from_tensor, read_image
-from vlmfilm_plugin.features.store.store import FeatureStore, SourceStamp, StoredFeature, place_of
+from vlmfilm_plugin.features.store.protocol import SourceStamp, Store, StoredFeature, place_of
+from vlmfilm_plugin.features.store.registry import open_store
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.settings.record import Settings
 
@@ -34,6 +36,9 @@ _logger = logging.getLogger("vlmfilm.features")
 
 _MEMORY_ITEMS = 16384
 
+# Key and file of an image.
+ImageId = tuple[str, Path | None]
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -42,6 +47,11 @@ class Sample:
     key: str
     path: Path | None
     load: Callable[[], Image]
+
+    @property
+    def image(self) -> ImageId:
+        """Return what tells this image from others: files of one key are different images."""
+        return self.key, self.path
 
 
 @dataclass
@@ -81,7 +91,7 @@ class FeatureProvider:
         ImageReadError, EncoderError, StoreError: as their names say.
     """
 
-    def __init__(self, encoder: Encoder, store: FeatureStore, *, on_missing: str = "encode", dataset_root: str | None = None) -> None:
+    def __init__(self, encoder: Encoder, store: Store, *, on_missing: str = "encode", dataset_root: str | None = None) -> None:
         self.encoder, self.store = encoder, store
         self.on_missing, self.dataset_root = on_missing, dataset_root
         self.stats = CacheStats()
@@ -89,14 +99,14 @@ class FeatureProvider:
         self._epoch: int | None = None
         self._missed_before_epoch = 0
         self._settings: Settings | None = None
-        self._memory: OrderedDict[str, StoredFeature] = OrderedDict()
+        self._memory: OrderedDict[ImageId, StoredFeature] = OrderedDict()
         self._lock = threading.RLock()
+        self._is_writable = True
 
     @classmethod
     def from_settings(cls, settings: Settings) -> FeatureProvider:
         """Build encoder and store from settings; no weights are read."""
-        store = FeatureStore(settings.cache_dir, settings.embedding_dtype)
-        provider = cls(build_encoder(settings), store, on_missing=settings.on_missing_feature, dataset_root=settings.dataset_root)
+        provider = cls(build_encoder(settings), open_store(settings), on_missing=settings.on_missing_feature, dataset_root=settings.dataset_root)
         provider._settings = settings
         return provider
 
@@ -119,36 +129,14 @@ class FeatureProvider:
             image: (B, C, H, W) in value_range.
             files: the untouched file behind a name, as the host's data sets know it.
         """
-        rows = image.shape[0]
-        paths = source_paths(batch, rows, dataset_root=self.dataset_root)
-        if files and not all(paths):
-            names = names_of(batch, rows) or [""] * rows
-            paths = [path or files.get(name) for path, name in zip(paths, names, strict=True)]
-        keys, key_source = self._keys(batch, image, paths)
-        self._announce(keys[0], key_source)
+        found = RowNames.find(batch, image.shape[0], dataset_root=self.dataset_root, files=files)
+        named = sample_keys(found, image, self.dataset_root)
+        self._announce(named.keys[0], named.source)
         loads: list[Callable[[], Image]] = [
             (lambda row=row: from_tensor(image[row], value_range)) if path is None else (lambda path=path: read_image(path))  # type: ignore[misc]
-            for row, path in enumerate(paths)
+            for row, path in enumerate(found.paths)
         ]
-        return [Sample(key, path, load) for key, path, load in zip(keys, paths, loads, strict=True)]
-
-    def _keys(self, batch: Any, image: Tensor, paths: Sequence[Path | None]) -> tuple[list[str], str]:
-        """Return one key a row, and where the first came from."""
-        splits = split_of(batch, len(paths))
-        if not any(paths):
-            return list(content_keys(image, splits)), "content"
-        named = cache_keys(batch, len(paths), dataset_root=self.dataset_root, image=image)
-        keys = list(named.keys)
-        files_of: dict[str, set[Path | None]] = {}
-        for key, path in zip(keys, paths, strict=True):
-            files_of.setdefault(key, set()).add(path)
-        for row, path in enumerate(paths):
-            if path is None:
-                keys[row] = content_keys(image[row : row + 1], splits[row])[0]
-            elif named.source == FINGERPRINT or len(files_of[keys[row]]) > 1:
-                # No name of its own, or one name for several files: the file names the image.
-                keys[row] = path_key(path, splits[row], self.dataset_root)
-        return keys, "file" if named.source == FINGERPRINT else named.source
+        return [Sample(key, path, load) for key, path, load in zip(named.keys, found.paths, loads, strict=True)]
 
     def _announce(self, key: str, source: str) -> None:
         if source not in self._announced:
@@ -159,31 +147,33 @@ class FeatureProvider:
     def get(self, samples: Sequence[Sample]) -> Tensor:
         """Return the features (N, F) of samples, row i of sample i: float32, CPU."""
         with self._lock:
-            wanted = {sample.key: sample for sample in samples}
+            images = [(sample.key, sample.path) for sample in samples]
+            wanted = dict(zip(images, samples, strict=True))
             found = self._from_memory(wanted)
-            in_memory = set(found)
-            rest = {key: sample for key, sample in wanted.items() if key not in found}
-            found.update(self._from_store(rest))
-            missing = [sample for key, sample in rest.items() if key not in found]
-            missed = {sample.key for sample in missing}
-            if missing:
-                found.update(self._encode(missing))
+            in_memory, missed = set(found), set()
+            if len(found) < len(wanted):
+                found |= self._from_store({image: sample for image, sample in wanted.items() if image not in found})
+            if len(found) < len(wanted):
+                missing = [sample for image, sample in wanted.items() if image not in found]
+                missed = {sample.image for sample in missing}
+                found |= self._encode(missing)
+            is_hit = [image in in_memory for image in images]
+            is_miss = [image in missed for image in images]
             self.stats.total += len(samples)
-            self.stats.miss += sum(sample.key in missed for sample in samples)
-            self.stats.mem_hit += sum(sample.key in in_memory for sample in samples)
-            self.stats.disk_hit += sum(sample.key not in in_memory and sample.key not in missed for sample in samples)
-            return stack([found[sample.key] for sample in samples])
+            self.stats.miss += sum(is_miss)
+            self.stats.mem_hit += sum(is_hit)
+            self.stats.disk_hit += len(samples) - sum(is_miss) - sum(is_hit)
+            return stack([found[image] for image in images])
 
-    def find(self, samples: Sequence[Sample]) -> set[str]:
-        """Return the keys of the samples whose features the store holds, made from the files of now; nothing is kept in memory.
+    def find(self, samples: Sequence[Sample]) -> set[ImageId]:
+        """Return those of the samples (`Sample.image`) whose features the store holds, made from the files of now; nothing is kept in memory.
+
+        A feature that is stored under another key is stored under the sample's own, too.
 
         Raises:
             ImageReadError: the file of a stored feature cannot be read.
         """
-        wanted = {sample.key: sample for sample in samples}
-        stored = self.store.read(self.encoder.identity, list(wanted))
-        width = (self.encoder.feature_dim,)
-        return {key for key, row in stored.items() if row.feature.shape == width and _current(row, wanted[key]) is not None}
+        return set(self._stored({sample.image: sample for sample in samples}))
 
     def enter_epoch(self, epoch: int | None) -> None:
         """Note that a training batch of `epoch` begins: after an epoch without a miss, validation included, the encoder leaves memory.
@@ -206,32 +196,72 @@ class FeatureProvider:
         keys = [content_keys(array[None], ["image"])[0] for array in arrays]
         return self.get([Sample(key, None, lambda picture=picture: picture) for key, picture in zip(keys, pictures, strict=True)])  # type: ignore[misc]
 
-    def _from_memory(self, wanted: Mapping[str, Sample]) -> dict[str, StoredFeature]:
+    def _from_memory(self, wanted: Mapping[ImageId, Sample]) -> dict[ImageId, StoredFeature]:
         found = {}
-        for key, sample in wanted.items():
-            stored = self._memory.get(key)
-            if stored is not None and (current := _current(stored, sample)) is not None:
-                found[key] = current
-        self._remember(found.values())
+        for image, sample in wanted.items():
+            stored = self._memory.get(image)
+            if stored is not None and (current := _current((stored,), sample)) is not None:
+                found[image] = current
+        self._remember(found)
         return found
 
-    def _from_store(self, wanted: Mapping[str, Sample]) -> dict[str, StoredFeature]:
-        if not wanted:
-            return {}
-        found = {}
-        for key, stored in self.store.read(self.encoder.identity, list(wanted)).items():
-            current = _current(stored, wanted[key])
-            if current is None:
-                _logger.warning("the file behind %s is not the one its feature was made from; it is encoded again: %s", key, wanted[key].path)
-            elif stored.feature.shape != (self.encoder.feature_dim,):
-                width = self.encoder.feature_dim
-                _logger.warning("the stored feature of %s has shape %s, expected (%d,); it is encoded again", key, stored.feature.shape, width)
-            else:
-                found[key] = current
-        self._remember(found.values())
+    def _from_store(self, wanted: Mapping[ImageId, Sample]) -> dict[ImageId, StoredFeature]:
+        found = self._stored(wanted)
+        self._remember(found)
         return found
 
-    def _encode(self, samples: Sequence[Sample]) -> dict[str, StoredFeature]:
+    def _stored(self, wanted: Mapping[ImageId, Sample]) -> dict[ImageId, StoredFeature]:
+        """Return what the store holds of these images: by key, then, of files that their key does not find, by content."""
+        by_key: dict[str, list[StoredFeature]] = {}
+        for row in self.store.rows(self.encoder.identity, [sample.key for sample in wanted.values()]):
+            by_key.setdefault(row.key, []).append(row)
+        found: dict[ImageId, StoredFeature] = {}
+        elsewhere: dict[ImageId, int] = {}
+        for image, sample in wanted.items():
+            rows = by_key.get(sample.key, [])
+            current = _current(rows, sample)
+            if current is not None and self._fits(current):
+                found[image] = current
+            elif current is None and sample.path is not None and os.path.isfile(sample.path):
+                elsewhere[image] = os.path.getsize(sample.path)
+                if rows:
+                    _logger.info("the file behind %s is not the one that a feature of this key was made from: %s", sample.key, sample.path)
+        if elsewhere:
+            found |= self._of_content({image: wanted[image] for image in self._of_known_size(elsewhere)})
+        return found
+
+    def _of_known_size(self, sizes: Mapping[ImageId, int]) -> list[ImageId]:
+        """Return the images whose files may have been stored under another key: any other file need not be read to know that it was not."""
+        known = self.store.known_sizes(self.encoder.identity, list(sizes.values()))
+        return [image for image, size in sizes.items() if size in known]
+
+    def _of_content(self, wanted: Mapping[ImageId, Sample]) -> dict[ImageId, StoredFeature]:
+        """Return features of files with the same content under other keys, and store them under the keys that were asked for.
+
+        So what was stored under a name that is spelt another way (relative, linked, by another version of this package) is used, and found
+        by its key from then on.
+        """
+        stamps = {image: SourceStamp.of(sample.path) for image, sample in wanted.items() if sample.path is not None}
+        rows = self.store.rows_of_content(self.encoder.identity, list(stamps.values())) if stamps else []
+        known = {row.stamp.digest: row for row in rows if row.stamp is not None and self._fits(row)}
+        found = {image: known[stamp.digest]._replace(key=wanted[image].key, stamp=stamp) for image, stamp in stamps.items() if stamp.digest in known}
+        if found and self._is_writable:
+            try:
+                self.store.write(self.encoder.identity, found.values())
+            except StoreError as error:
+                # On a read-only mount what is there can be used all the same; the files are read again in the next run.
+                self._is_writable = False
+                _logger.warning("features found by content are not stored under their new keys: %s", error)
+        return found
+
+    def _fits(self, stored: StoredFeature) -> bool:
+        if stored.feature.shape == (self.encoder.feature_dim,):
+            return True
+        width, shape = self.encoder.feature_dim, stored.feature.shape
+        _logger.warning("the stored feature of %s has shape %s, expected (%d,); it is encoded again", stored.key, shape, width)
+        return False
+
+    def _encode(self, samples: Sequence[Sample]) -> dict[ImageId, StoredFeature]:
         if self.on_missing == "error":
             raise MissingFeatureError(
                 "cannot condition this batch: features are missing from the store",
@@ -241,8 +271,9 @@ class FeatureProvider:
         # Stamp before reading: a file replaced in between is then noticed at the next look.
         stamps = [None if sample.path is None else SourceStamp.of(sample.path) for sample in samples]
         rows = self.encode(samples, stamps, [sample.load() for sample in samples])
-        self._remember(rows)
-        return {row.key: row for row in rows}
+        encoded = {sample.image: row for sample, row in zip(samples, rows, strict=True)}
+        self._remember(encoded)
+        return encoded
 
     def encode(self, samples: Sequence[Sample], stamps: Sequence[SourceStamp | None], pictures: Sequence[Image]) -> list[StoredFeature]:
         """Encode pictures that were read already and store their features in one transaction; nothing is looked up.
@@ -266,10 +297,10 @@ class FeatureProvider:
         dtype = np.dtype(self.store.embedding_dtype)
         return [row._replace(feature=row.feature.astype(dtype)) for row in rows]
 
-    def _remember(self, rows: Iterable[StoredFeature]) -> None:
-        for row in rows:
-            self._memory[row.key] = row
-            self._memory.move_to_end(row.key)
+    def _remember(self, rows: Mapping[ImageId, StoredFeature]) -> None:
+        for image, row in rows.items():
+            self._memory[image] = row
+            self._memory.move_to_end(image)
         while len(self._memory) > _MEMORY_ITEMS:
             self._memory.popitem(last=False)
 
@@ -280,22 +311,32 @@ def stack(rows: Sequence[StoredFeature]) -> Tensor:
     return torch.from_numpy(np.stack([row.feature for row in rows])).float()
 
 
-def _current(stored: StoredFeature, sample: Sample) -> StoredFeature | None:
-    """Return the stored feature when it was made from the file the sample names (by place, size and time, else by content), else None."""
-    if sample.path is None or stored.stamp is None:
-        return stored if sample.path is None and stored.stamp is None else None
+def _current(rows: Sequence[StoredFeature], sample: Sample) -> StoredFeature | None:
+    """Return the row that was made from the very file that the sample names (by place, size and time, else by content), or None."""
+    if not rows:
+        return None
+    if sample.path is None:
+        return next((row for row in reversed(rows) if row.stamp is None), None)
     try:
-        status = sample.path.stat()
+        status = os.stat(sample.path)
     except OSError:
         SourceStamp.of(sample.path)  # raises with the path and a fix
         raise
-    is_same_place = stored.stamp.place == place_of(sample.path)
-    if is_same_place and (status.st_size, status.st_mtime_ns) == (stored.stamp.size, stored.stamp.mtime_ns):
-        return stored
-    if status.st_size != stored.stamp.size or (now := SourceStamp.of(sample.path)).digest != stored.stamp.digest:
+    place = place_of(sample.path)
+    candidates: list[tuple[StoredFeature, str]] = []
+    for row in rows[::-1]:
+        stamp = row.stamp
+        if stamp is None or stamp.size != status.st_size:
+            continue
+        if stamp.place == place and stamp.mtime_ns == status.st_mtime_ns:
+            return row
+        candidates.append((row, stamp.digest))
+    if not candidates:
         return None
+    now = SourceStamp.of(sample.path)
     # A copied data set: same bytes, other time or place. Remember the new ones, or every step would read the file again.
-    return stored._replace(stamp=now)
+    same = [row for row, digest in candidates if digest == now.digest]
+    return same[0]._replace(stamp=now) if same else None
 
 
 def check_features(features: Tensor, feature_dim: int, keys: Sequence[str] | None = None) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from vlmfilm_plugin.features.cache_key import cache_keys
+from vlmfilm_plugin.features.cache_key import name_key, split_in
 from vlmfilm_plugin.features.images import read_image
 from vlmfilm_plugin.features.provider import FeatureProvider, Sample, stack
-from vlmfilm_plugin.features.store.store import SourceStamp
+from vlmfilm_plugin.features.store.protocol import SourceStamp
 
 # Key and feature (F,) of another image.
 Donor = tuple[str, Tensor]
@@ -48,7 +47,7 @@ class ShuffleDonors:
     def _first_file(self, files: list[tuple[str, Path]], digest: str | None) -> Donor | None:
         for name, path in files:
             if SourceStamp.of(path).digest != digest:
-                key = cache_keys({"name": [name]}, 1, dataset_root=self._provider.dataset_root).keys[0]
+                key = name_key(name, "unknown", self._provider.dataset_root)
                 other = Sample(key, path, lambda path=path: read_image(path))  # type: ignore[misc]
                 return key, self._provider.get([other])[0]
         return None
@@ -57,15 +56,15 @@ class ShuffleDonors:
         store, identity = self._provider.store, self._provider.encoder.identity
         if self._pool is None:
             self._pool = store.keys(identity)
-        split = sample.key.split(":", 1)[0]
+        split = split_in(sample.key)
         others = [key for key in self._pool if key != sample.key]
         # Images of the same split first: their features come from the same distribution.
-        candidates = [key for key in others if key.split(":", 1)[0] == split] or others
+        candidates = [key for key in others if split_in(key) == split] or others
         order.shuffle(candidates)
         for key in candidates:
-            stored: Any = store.read(identity, [key]).get(key)
-            if stored is not None and (digest is None or stored.stamp is None or stored.stamp.digest != digest):
-                return key, stack([stored])[0]
+            for stored in store.rows(identity, [key]):
+                if digest is None or stored.stamp is None or stored.stamp.digest != digest:
+                    return key, stack([stored])[0]
         # Nothing to draw from yet is no pool to keep.
         self._pool = None
         return None

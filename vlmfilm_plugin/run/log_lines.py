@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfilm_plugin.features.cache_key import split_in
 from vlmfilm_plugin.features.provider import CacheStats
 from vlmfilm_plugin.features.shuffle import permutation_hash
 from vlmfilm_plugin.film.statistics import statistics
@@ -52,7 +53,7 @@ class StepFacts:
             "epoch": self.epoch,
             "batch_idx": self.batch_idx,
             "B": self.samples,
-            "split_key": key.split(":", 1)[0] if key else None,
+            "split_key": split_in(key) if key else None,
             "cache_key_example": key,
             "cond_source": self.cond_source,
             "film_mode": self.mode,

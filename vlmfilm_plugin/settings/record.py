@@ -46,6 +46,7 @@ class Settings:
     max_new_tokens: int = _setting(48, "int", low=1)
     pool: str = _setting("mean", "str", choices=("mean", "last"))
     # features and their store
+    store: str = _setting("sqlite", "str")
     cache_dir: str = _setting("cache/vlm_profiles", "path")
     dataset_root: str | None = _setting(None, "path", optional=True)
     embedding_dtype: str = _setting("float16", "str", choices=("float16", "float32"))

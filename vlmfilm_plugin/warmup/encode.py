@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from PIL import Image
 from vlmfilm_plugin.checkpoints.peek import peek
 from vlmfilm_plugin.errors import EncoderError, FeatureError, ImageReadError, VlmFilmError
 from vlmfilm_plugin.features.provider import FeatureProvider, Sample
-from vlmfilm_plugin.features.store.store import SourceStamp
+from vlmfilm_plugin.features.store.protocol import SourceStamp
 from vlmfilm_plugin.settings.layers import Layer, environment_layers, resolve
 from vlmfilm_plugin.settings.record import Settings
 from vlmfilm_plugin.warmup.image_list import Plan, read_plan, samples_of
@@ -86,14 +87,11 @@ def warm_up(
         resolved = replace(resolved, cache_dir=os.path.join(resolved.cache_dir, folder))
     if (device := ranks.device(resolved.device_map)) is not None:
         resolved = replace(resolved, device_map=device)
-    samples, clashes = samples_of(plan, resolved.dataset_root)
+    samples = samples_of(plan, resolved.dataset_root)
     features = FeatureProvider.from_settings(resolved)
     mine = ranks.share(samples)
-    with features.store, WarmupProgress(ranks, len(mine), show_progress) as progress:
+    with closing(features.store), WarmupProgress(ranks, len(mine), show_progress) as progress:
         report = _Warmup(features, batch_size, readers or min(8, os.cpu_count() or 1), progress).run(mine)
-    if ranks.index == 0:
-        report.total += len(clashes)
-        report.failures += clashes
     return report.merged(ranks.others(report))
 
 
@@ -160,7 +158,7 @@ class _Warmup:
             found = self._provider.find(part)
             self._report.hits += len(found)
             self._progress.add(hits=len(found))
-            yield from (sample for sample in part if sample.key not in found)
+            yield from (sample for sample in part if sample.image not in found)
 
     def _finish(self, reading: Sequence[Future[Read]]) -> None:
         read: list[Read] = []

@@ -9,14 +9,14 @@ import csv
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
-from vlmfilm_plugin.features.batch_names import split_of
-from vlmfilm_plugin.features.cache_key import FINGERPRINT, cache_keys, path_key
+from vlmfilm_plugin.errors import HostError, SettingsError
+from vlmfilm_plugin.features.batch_names import RowNames
+from vlmfilm_plugin.features.cache_key import sample_keys
 from vlmfilm_plugin.features.images import read_image
 from vlmfilm_plugin.features.provider import Sample
 from vlmfilm_plugin.host_spec import ENTRY_POINTS
@@ -42,11 +42,8 @@ class Entry:
         """Return the cache key under which a run looks this image up."""
         if self.key is not None:
             return self.key
-        try:
-            named = cache_keys(self.fields, 1, dataset_root=dataset_root)
-        except ConditionError:  # nothing names it and there is no tensor: a run keys it by its file
-            return path_key(self.path, split_of(self.fields, 1)[0], dataset_root)
-        return path_key(self.path, split_of(self.fields, 1)[0], dataset_root) if named.source == FINGERPRINT else named.keys[0]
+        found = replace(RowNames.find(self.fields, 1, dataset_root=dataset_root), paths=(self.path,))
+        return sample_keys(found, None, dataset_root).keys[0]
 
 
 @dataclass(frozen=True)
@@ -88,19 +85,10 @@ def read_plan(source: str | os.PathLike[str] | Mapping[str, Any], splits: Sequen
     return plan
 
 
-def samples_of(plan: Plan, dataset_root: str | None) -> tuple[list[Sample], list[tuple[str, str]]]:
-    """Return one sample a key, and what is wrong with keys that stand for several files: a run could use neither."""
-    files: dict[str, set[Path]] = {}
-    for entry in plan.entries:
-        files.setdefault(entry.key_in(dataset_root), set()).add(entry.path)
-    samples, clashes = [], []
-    for key, paths in files.items():
-        first, *others = sorted(paths)
-        if others:
-            clashes += [(str(path), f"{len(paths)} files have the cache key {key!r}: give them different names") for path in [first, *others]]
-        else:
-            samples.append(Sample(key, first, lambda path=first: read_image(path)))  # type: ignore[misc]
-    return samples, clashes
+def samples_of(plan: Plan, dataset_root: str | None) -> list[Sample]:
+    """Return one sample for each key and file; files that share a key are told apart by their content, as in training."""
+    wanted = dict.fromkeys((entry.key_in(dataset_root), entry.path) for entry in plan.entries)
+    return [Sample(key, path, lambda path=path: read_image(path)) for key, path in wanted]  # type: ignore[misc]
 
 
 def _host_plan(config: Mapping[str, Any], splits: Sequence[str], origin: str) -> Plan:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from vlmfilm_plugin.errors import StoreError
+from vlmfilm_plugin.features.store.rows import COLUMNS, Row, decode, is_facts_of, key_to_bytes, key_to_text, stamp_of
 from vlmfilm_plugin.features.store.sqlite_file import FILE_NAME, StoreFile, transaction
-from vlmfilm_plugin.features.store.store import COLUMNS, Row, decode, insert_rows, is_facts_of, key_to_bytes, key_to_text, stamp_of
+from vlmfilm_plugin.features.store.store import insert_rows
 
 TIMEOUT_S = 30.0
 ROWS = 256  # a transaction, or a step of a scan
@@ -66,7 +67,7 @@ def stats(file: StoreFile) -> list[Namespace]:
         " GROUP BY namespaces.id ORDER BY namespaces.id"
     )
     with file.use("read") as connection:
-        return [Namespace(row[0], _facts(row[1]), *row[2:]) for row in connection.execute(statement)]
+        return [Namespace(fingerprint, _facts(facts), *figures) for fingerprint, facts, *figures in connection.execute(statement)]
 
 
 @dataclass
@@ -89,7 +90,8 @@ def verify(file: StoreFile) -> Verification:
     with file.use("verify") as connection:
         try:
             found.problems += [text for (text,) in connection.execute("PRAGMA integrity_check(20)") if text != "ok"]
-            orphans = connection.execute("SELECT count(*) FROM features WHERE namespace NOT IN (SELECT id FROM namespaces)").fetchone()[0]
+            statement = "SELECT count(*) FROM features WHERE namespace NOT IN (SELECT id FROM namespaces)"
+            (orphans,) = connection.execute(statement).fetchone()
             if orphans:
                 found.problems.append(f"{orphans} features belong to no namespace")
             for identifier, fingerprint, facts in _namespaces(connection):
@@ -98,7 +100,7 @@ def verify(file: StoreFile) -> Verification:
                 for row in _rows(connection, identifier):
                     found.checked += 1
                     if decode(row) is None:
-                        found.damaged.append((fingerprint, key_to_text(row[0])))
+                        found.damaged.append((fingerprint, key_to_text(row.key)))
         except sqlite3.DatabaseError as error:
             found.problems.append(f"SQLite said: {error}")
     return found
@@ -115,7 +117,7 @@ class Merged:
 
 
 def merge(source: StoreFile, target: StoreFile, done: Merged) -> None:
-    """Copy every sound feature of `source` into `target`; of two with one key the newer stays. Count into `done`.
+    """Copy every sound feature of `source` into `target`; of two with one key and content the newer stays. Count into `done`.
 
     Raises:
         FeatureError: a namespace holds another width in the target.
@@ -127,19 +129,20 @@ def merge(source: StoreFile, target: StoreFile, done: Merged) -> None:
 
 
 def put(target: StoreFile, fingerprint: str, facts: str, rows: Sequence[Row], done: Merged) -> None:
-    """Write rows of one namespace in one transaction, the newer of two with one key; count into `done`."""
-    sound = [row for row in rows if decode(row) is not None and isinstance(row[8], float) and is_facts_of(facts, fingerprint)]
+    """Write rows of one namespace in one transaction, the newer of two with one key and content; count into `done`."""
+    sound = [row for row in rows if decode(row) is not None and isinstance(row.created, float) and is_facts_of(facts, fingerprint)]
     done.damaged += len(rows) - len(sound)
-    statement = "SELECT features.created FROM features JOIN namespaces ON namespace = namespaces.id WHERE fingerprint = ? AND key = ?"
+    statement = "SELECT features.created FROM features JOIN namespaces ON namespace = namespaces.id"
+    statement += " WHERE fingerprint = ? AND key = ? AND source_digest = ?"
     with target.use("write") as writing, transaction(writing):
         wanted = []
         for row in sound:
-            there = writing.execute(statement, (fingerprint, row[0])).fetchone()
-            if there is not None and there[0] >= row[8]:
+            there = [created for (created,) in writing.execute(statement, (fingerprint, row.key, row.source_digest))]
+            if there and there[0] >= row.created:
                 done.kept += 1
                 continue
-            done.replaced += there is not None
-            done.added += there is None
+            done.replaced += bool(there)
+            done.added += not there
             wanted.append(row)
         if wanted:
             insert_rows(writing, fingerprint, facts, wanted)
@@ -185,31 +188,29 @@ def select(spaces: Sequence[Namespace], name: str) -> Namespace:
 
 
 def show(file: StoreFile, key: str, namespace: str | None = None) -> list[dict[str, Any]]:
-    """Return what the store knows of a key, one entry a namespace that has it."""
+    """Return what the store knows of a key, one entry for each namespace and content that has it, the oldest first."""
     result = []
     with file.use("read") as connection:
         for identifier, fingerprint, facts in _namespaces(connection):
             if namespace is not None and not fingerprint.startswith(namespace):
                 continue
-            row = connection.execute(f"SELECT {COLUMNS} FROM features WHERE namespace = ? AND key = ?", (identifier, key_to_bytes(key))).fetchone()
-            if row is None:
-                continue
-            feature, stamp = decode(row), stamp_of(row)
-            result.append(
-                {
-                    "key": key,
-                    "namespace": fingerprint,
-                    "facts": _facts(facts),
-                    "stamp": None if stamp is None else stamp._asdict(),
-                    "note": row[9],
-                    "dtype": row[4],
-                    "width": row[5],
-                    "norm": None if feature is None else float(np.linalg.norm(feature.astype(np.float32))),
-                    "is_damaged": feature is None,
-                    "created": row[8],
-                }
-            )
+            statement = f"SELECT {COLUMNS} FROM features WHERE namespace = ? AND key = ? ORDER BY features.created"
+            for row in map(Row._make, connection.execute(statement, (identifier, key_to_bytes(key))).fetchall()):
+                result.append({"key": key, "namespace": fingerprint, "facts": _facts(facts), **_described(row)})
     return result
+
+
+def _described(row: Row) -> dict[str, Any]:
+    feature, stamp = decode(row), stamp_of(row)
+    return {
+        "stamp": None if stamp is None else stamp._asdict(),
+        "note": row.note,
+        "dtype": row.dtype,
+        "width": row.width,
+        "norm": None if feature is None else float(np.linalg.norm(feature.astype(np.float32))),
+        "is_damaged": feature is None,
+        "created": row.created,
+    }
 
 
 def similar_keys(file: StoreFile, text: str, limit: int = 5) -> list[str]:
@@ -225,15 +226,16 @@ def _namespaces(connection: sqlite3.Connection) -> list[tuple[int, str, str]]:
 
 def _rows(connection: sqlite3.Connection, namespace: int) -> Iterator[Row]:
     """Yield rows in key order, a step at a time: no cursor stays open while the caller writes."""
-    last = None
+    start: tuple[object, ...] = ()
     while True:
-        condition = "" if last is None else "AND key > ?"
-        values = (namespace,) if last is None else (namespace, last)
-        rows = connection.execute(f"SELECT {COLUMNS} FROM features WHERE namespace = ? {condition} ORDER BY key LIMIT {ROWS}", values).fetchall()
+        condition = "AND (key, source_digest) > (?, ?)" if start else ""
+        statement = f"SELECT {COLUMNS} FROM features WHERE namespace = ? {condition} ORDER BY key, source_digest LIMIT {ROWS}"
+        rows = [Row._make(row) for row in connection.execute(statement, (namespace, *start))]
         yield from rows
         if len(rows) < ROWS:
             return
-        last = rows[-1][0]
+        *_, last = rows
+        start = (last.key, last.source_digest)
 
 
 def rows_of(connection: sqlite3.Connection, fingerprint: str) -> tuple[str, Iterator[Row]]:

@@ -15,8 +15,8 @@ import numpy as np
 
 from vlmfilm_plugin.errors import StoreError
 from vlmfilm_plugin.features.store.admin import ROWS, Merged, Namespace, put, rows_of
+from vlmfilm_plugin.features.store.rows import Row, checksum, decode, is_facts_of, key_to_bytes, key_to_text
 from vlmfilm_plugin.features.store.sqlite_file import StoreFile
-from vlmfilm_plugin.features.store.store import Row, checksum, decode, is_facts_of, key_to_bytes, key_to_text
 
 FORMAT = "vlmfilm-features-1"
 
@@ -35,7 +35,7 @@ def export(file: StoreFile, space: Namespace, path: str | os.PathLike[str]) -> i
         rows = [(row, feature) for row in stored if (feature := decode(row)) is not None]
     if not rows:
         raise StoreError("cannot export: no sound feature in this namespace", {"namespace": space.fingerprint}, "choose another one")
-    dtype = "<f4" if any(row[4] == "float32" for row, _ in rows) else "<f2"
+    dtype = "<f4" if any(row.dtype == "float32" for row, _ in rows) else "<f2"
     features = np.stack([feature for _, feature in rows]).astype(dtype)
     described = [_describe(row, feature.tobytes()) for (row, _), feature in zip(rows, features, strict=True)]
     tensors = {"features": features, "rows": np.frombuffer(json.dumps(described).encode(), dtype=np.uint8)}
@@ -50,7 +50,7 @@ def export(file: StoreFile, space: Namespace, path: str | os.PathLike[str]) -> i
 
 
 def import_file(file: StoreFile, path: str | os.PathLike[str]) -> tuple[str, Merged]:
-    """Take the features of an exported file into a store; of two with one key the newer stays. Return the namespace and what was done.
+    """Take the features of an exported file into a store; of two with one key and content the newer stays. Return the namespace and what was done.
 
     Raises:
         StoreError: the file was not written by `export`, or is damaged.
@@ -87,17 +87,28 @@ def _load(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _describe(row: Row, data: bytes) -> dict[str, Any]:
-    key, size, mtime_ns, digest = row[:4]
-    stamp = None if digest is None else [size, mtime_ns, digest]
-    return {"key": key_to_text(key), "stamp": stamp, "note": row[9], "created": row[8], "checksum": checksum(key, data, row[9])}
+    # Digest and place in one text, as the first files of this format have it.
+    digest = row.source_digest if row.source_place is None else f"{row.source_digest}@{row.source_place}"
+    stamp = [row.source_size, row.source_mtime_ns, digest] if digest else None
+    return {"key": key_to_text(row.key), "stamp": stamp, "note": row.note, "created": row.created, "checksum": checksum(row.key, data, row.note)}
 
 
 def _row(entry: dict[str, Any], feature: np.ndarray[Any, Any], dtype: str) -> Row:
-    stamp = entry["stamp"] or (None, None, None)
-    size, mtime_ns, digest = stamp
-    data = feature.tobytes()
-    created = float(entry["created"])
-    return key_to_bytes(entry["key"]), size, mtime_ns, digest, dtype, feature.size, data, entry["checksum"], created, entry["note"]
+    size, mtime_ns, text = entry["stamp"] or (None, None, "")
+    digest, _, place = text.partition("@")
+    return Row(
+        key=key_to_bytes(entry["key"]),
+        source_size=size,
+        source_mtime_ns=mtime_ns,
+        source_digest=digest,
+        source_place=place or None,
+        dtype=dtype,
+        width=feature.size,
+        data=feature.tobytes(),
+        checksum=entry["checksum"],
+        created=float(entry["created"]),
+        note=entry["note"],
+    )
 
 
 def _not_ours(path: Path, found: str) -> StoreError:

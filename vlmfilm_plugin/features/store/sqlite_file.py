@@ -17,6 +17,15 @@ from vlmfilm_plugin.errors import StoreError
 
 FILE_NAME = "features.sqlite"
 
+# Versions 1 and 2 kept digest and place in one text, `digest@place`, and one row a key.
+_FROM_2 = (
+    "namespace, key, source_size, source_mtime_ns,"
+    " CASE WHEN source_digest IS NULL THEN '' WHEN instr(source_digest, '@') = 0 THEN source_digest"
+    " ELSE substr(source_digest, 1, instr(source_digest, '@') - 1) END AS source_digest,"
+    " CASE WHEN instr(source_digest, '@') > 0 THEN substr(source_digest, instr(source_digest, '@') + 1) END AS source_place,"
+    " dtype, width, data, checksum, created, note"
+)
+
 # Migration i takes a file from schema version i to i + 1. Published ones are never edited; new ones are appended.
 _MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
@@ -36,7 +45,20 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         " FROM features_1",
         "DROP TABLE features_1",
     ),
+    (
+        # The content of the source file is part of what names a row: data sets that share names do not replace each other's features.
+        "ALTER TABLE features RENAME TO features_2",
+        "CREATE TABLE features (namespace INTEGER NOT NULL REFERENCES namespaces(id), key BLOB NOT NULL, source_size INTEGER,"
+        " source_mtime_ns INTEGER, source_digest TEXT NOT NULL, source_place TEXT, dtype TEXT NOT NULL, width INTEGER NOT NULL,"
+        " data BLOB NOT NULL, checksum INTEGER NOT NULL, created REAL NOT NULL, note TEXT, PRIMARY KEY (namespace, key, source_digest))",
+        f"INSERT INTO features SELECT {_FROM_2} FROM features_2",
+        "DROP TABLE features_2",
+        "CREATE INDEX features_by_content ON features (namespace, source_size, source_digest)",
+    ),
 )
+
+# A store of version 2 that cannot be written is read through this view, which stands before the table of the same name.
+_VIEW_OF_2 = f"CREATE TEMP VIEW features AS SELECT {_FROM_2} FROM main.features"
 
 _DELETE = f"delete {FILE_NAME} with its -wal and -shm files; features are encoded again"
 _FIXES = (
@@ -113,8 +135,10 @@ class StoreFile:
         # immutable: SQLite would otherwise make files beside the database, which it cannot there.
         connection = _connect(f"{self.path.resolve().as_uri()}?mode=ro&immutable=1", self._timeout_s, uri=True)
         try:
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version != len(_MIGRATIONS):
+            version = _version(connection)
+            if version == 2:
+                connection.execute(_VIEW_OF_2)
+            elif version != len(_MIGRATIONS):
                 raise StoreError(
                     "cannot open the feature store: it is read-only and of another schema",
                     {"file": self.path, "found": f"version {version}", "expected": f"version {len(_MIGRATIONS)}"},
@@ -161,7 +185,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
-    while (version := connection.execute("PRAGMA user_version").fetchone()[0]) != len(_MIGRATIONS):
+    while (version := _version(connection)) != len(_MIGRATIONS):
         if not 0 <= version < len(_MIGRATIONS):
             raise StoreError(
                 "cannot open the feature store: unknown schema",
@@ -170,10 +194,15 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
             )
         with transaction(connection):
             # Another process may have migrated while this one waited for the lock.
-            if connection.execute("PRAGMA user_version").fetchone()[0] == version:
+            if _version(connection) == version:
                 for statement in _MIGRATIONS[version]:
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {version + 1}")
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    ((version,),) = connection.execute("PRAGMA user_version").fetchall()
+    return int(version)
 
 
 def _until(timeout_s: float, call: Callable[[], object]) -> None:

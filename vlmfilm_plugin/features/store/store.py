@@ -1,84 +1,40 @@
-"""The feature store: one SQLite file that keeps the frozen encoder's features between runs and processes.
+"""The feature store of this package: one SQLite file that keeps the frozen encoder's features between runs and processes.
 
-Owns rows and their integrity; `store_file` owns the file. A key is text and never becomes a path. Knows nothing of torch.
+Owns what is asked of the file; `rows` owns a row, `sqlite_file` the file. A key is text and never becomes a path. Knows nothing of torch.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import sqlite3
 import time
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlmfilm_plugin.errors import FeatureError, ImageReadError, StoreError
+from vlmfilm_plugin.errors import FeatureError, StoreError
+from vlmfilm_plugin.features.store.protocol import SourceStamp, StoredFeature
+from vlmfilm_plugin.features.store.rows import COLUMNS, DTYPES, Row, decode, encode, key_to_bytes, key_to_text
 from vlmfilm_plugin.features.store.sqlite_file import FILE_NAME, StoreFile, transaction
 
 if TYPE_CHECKING:
     from vlmfilm_plugin.encoders.base import EncoderIdentity
 
-Row = tuple[Any, ...]
-
 logger = logging.getLogger("vlmfilm.store")
 
-_KEYS_PER_SELECT = 500  # SQLite's old limit is 999 variables a statement
-_DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
-# Every column of a row but its namespace, in the order of `Row`.
-COLUMNS = "key, source_size, source_mtime_ns, source_digest, dtype, width, data, checksum, created, note"
-_UPSERT = f"INSERT OR REPLACE INTO features (namespace, {COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_VALUES_PER_SELECT = 400  # of at most two variables; SQLite's old limit is 999 a statement
+_UPSERT = f"INSERT OR REPLACE INTO features (namespace, {COLUMNS}) VALUES (?{', ?' * len(Row._fields)})"
 _NAMESPACE = "INSERT OR IGNORE INTO namespaces (fingerprint, facts, created) VALUES (?, ?, ?)"
 # By fingerprint each time: ids are used again after a prune, so a remembered one might be another encoder's.
-_SELECT = f"SELECT {COLUMNS} FROM features WHERE namespace = (SELECT id FROM namespaces WHERE fingerprint = ?) AND key IN "
+_SELECT = f"SELECT {COLUMNS} FROM features WHERE namespace = (SELECT id FROM namespaces WHERE fingerprint = ?) AND "
+_HAS_SIZE = "SELECT 1 FROM features WHERE namespace = (SELECT id FROM namespaces WHERE fingerprint = ?) AND source_size = ? LIMIT 1"
 
 # The width of a namespace is that of any sound row; a damaged one must not stop its own repair.
 _WIDTH = "SELECT width FROM features WHERE namespace = ? AND length(data) = width * CASE dtype WHEN 'float16' THEN 2 ELSE 4 END LIMIT 1"
-
-
-# Named tuples: eight of each are made for every batch, and frozen dataclasses take twice as long.
-class SourceStamp(NamedTuple):
-    """What a source file was when its feature was made: bytes, modification time in ns, blake2b-128 of the content, and its place.
-
-    The place names the absolute path: two files of one name, size and time are told apart by it without being read.
-    """
-
-    size: int
-    mtime_ns: int
-    digest: str
-    place: str | None = None
-
-    @classmethod
-    def of(cls, path: str | os.PathLike[str]) -> SourceStamp:
-        """Stamp a file; reads all of it.
-
-        Raises:
-            ImageReadError: the file cannot be read.
-        """
-        state = hashlib.blake2b(digest_size=16)
-        try:
-            with open(path, "rb") as file:
-                status = os.fstat(file.fileno())
-                while block := file.read(1 << 20):
-                    state.update(block)
-        except OSError as error:
-            facts = {"file": path, "system said": error.strerror or str(error), "expected": "a readable file"}
-            raise ImageReadError(f"cannot read image {path}", facts, "correct the path, or restore the file") from error
-        return cls(status.st_size, status.st_mtime_ns, state.hexdigest(), place_of(path))
-
-
-class StoredFeature(NamedTuple):
-    """A feature (F,), its cache key, the stamp of its source file (None where it came from a tensor), and what the encoder said of the image."""
-
-    key: str
-    feature: np.ndarray[Any, Any]
-    stamp: SourceStamp | None = None
-    note: str | None = None
 
 
 class FeatureStore:
@@ -86,7 +42,7 @@ class FeatureStore:
 
     Args:
         cache_dir: folder of `features.sqlite`; made when missing.
-        embedding_dtype: `float16` or `float32`, how features are written.
+        embedding_dtype: `float16` or `float32`, how features are written and read.
         timeout_s: seconds to wait for another process's write.
 
     Raises:
@@ -94,7 +50,7 @@ class FeatureStore:
     """
 
     def __init__(self, cache_dir: str | os.PathLike[str], embedding_dtype: str = "float16", *, timeout_s: float = 30.0) -> None:
-        if embedding_dtype not in _DTYPES:
+        if embedding_dtype not in DTYPES:
             facts = {"embedding_dtype": repr(embedding_dtype), "expected": "float16 or float32"}
             raise StoreError("cannot open the feature store: unknown dtype", facts, "set `embedding_dtype` to float16")
         self.path = Path(cache_dir) / FILE_NAME
@@ -111,42 +67,76 @@ class FeatureStore:
         # A spawned data-loader worker opens the file for itself.
         return type(self), (str(self.path.parent), self.embedding_dtype)
 
-    def read(self, identity: EncoderIdentity, keys: Sequence[str]) -> dict[str, StoredFeature]:
-        """Return the stored features among `keys`, by key.
+    def rows(self, identity: EncoderIdentity, keys: Sequence[str]) -> list[StoredFeature]:
+        """Return every stored feature of these keys: one for each content that a key's file had, the newest last.
 
-        A damaged row is left out with a warning; one that was stored as float16 is left out where float32 is asked for.
+        A damaged row is left out with a warning. Asked for float32, a row that was stored as float16 is left out; asked for float16, one
+        that was stored as float32 is rounded.
 
         Shape:
-            feature: (F,) float16 or float32, as it is stored; read-only, a view of the row.
+            feature: (F,) in `embedding_dtype`; read-only.
 
         Raises:
             StoreError: the file cannot be read.
         """
-        found: dict[str, StoredFeature] = {}
-        wanted = list(dict.fromkeys(keys))
-        fingerprint = identity.fingerprint
+        wanted = [(key_to_bytes(key),) for key in dict.fromkeys(keys)]
+        return self._select(identity, "key IN ({})", "?", wanted)
+
+    def rows_of_content(self, identity: EncoderIdentity, stamps: Sequence[SourceStamp]) -> list[StoredFeature]:
+        """Return the stored features of files with these sizes and digests, under whatever keys; otherwise as `rows`."""
+        wanted = [(stamp.size, stamp.digest) for stamp in stamps]
+        return self._select(identity, "(source_size, source_digest) IN (VALUES {})", "(?, ?)", list(dict.fromkeys(wanted)))
+
+    def known_sizes(self, identity: EncoderIdentity, sizes: Sequence[int]) -> set[int]:
+        """Return those of these sizes in bytes that the source file of some stored feature has.
+
+        Raises:
+            StoreError: the file cannot be read.
+        """
         with self._file.use("read") as connection:
-            for start in range(0, len(wanted), _KEYS_PER_SELECT):
-                raw = {key_to_bytes(key): key for key in wanted[start : start + _KEYS_PER_SELECT]}
-                for row in connection.execute(f"{_SELECT}({','.join('?' * len(raw))})", (fingerprint, *raw)):
-                    feature = decode(row)
-                    if feature is None:
-                        logger.warning("[VLM] damaged feature left out: key %r in %s", raw[row[0]], self.path)
-                        continue
-                    if row[4] == "float16" and self.embedding_dtype == "float32":
-                        # Asked for full precision: a rounded row would pass for it.
-                        continue
-                    found[raw[row[0]]] = StoredFeature(raw[row[0]], feature, stamp_of(row), row[9])
-        return found
+            return {size for size in dict.fromkeys(sizes) if connection.execute(_HAS_SIZE, (identity.fingerprint, size)).fetchone()}
+
+    def read(self, identity: EncoderIdentity, keys: Sequence[str]) -> dict[str, StoredFeature]:
+        """Return the newest stored feature of each of these keys that has one, by key; otherwise as `rows`."""
+        return {row.key: row for row in self.rows(identity, keys)}
+
+    def _select(self, identity: EncoderIdentity, condition: str, mark: str, values: Sequence[tuple[object, ...]]) -> list[StoredFeature]:
+        """Return rows under a condition whose braces stand for one mark a value."""
+        found: list[Row] = []
+        with self._file.use("read") as connection:
+            for start in range(0, len(values), _VALUES_PER_SELECT):
+                part = values[start : start + _VALUES_PER_SELECT]
+                statement = _SELECT + condition.format(",".join([mark] * len(part)))
+                found += map(Row._make, connection.execute(statement, (identity.fingerprint, *[x for value in part for x in value])))
+        if len(found) > len(values):
+            found.sort(key=lambda row: row.created if isinstance(row.created, float) else 0.0)
+        return [stored for row in found if (stored := self._stored(row)) is not None]
+
+    def _stored(self, row: Row) -> StoredFeature | None:
+        feature = decode(row)
+        if feature is None:
+            logger.warning("[VLM] damaged feature left out: key %r in %s", key_to_text(row.key), self.path)
+            return None
+        if row.dtype != self.embedding_dtype:
+            if row.dtype == "float16":
+                # Asked for full precision: a rounded row would pass for it.
+                return None
+            feature = _rounded(feature, self.embedding_dtype)
+            if feature is None:
+                return None
+        digest = row.source_digest
+        # In place: this runs for every image of every batch.
+        stamp = SourceStamp(row.source_size, row.source_mtime_ns, digest, row.source_place) if digest else None  # type: ignore[arg-type]
+        return StoredFeature(row.key.decode("utf-8", "surrogatepass"), feature, stamp, row.note)
 
     def write(self, identity: EncoderIdentity, rows: Iterable[StoredFeature]) -> None:
-        """Store features in one transaction: all of them, or none. A key that exists is replaced.
+        """Store features in one transaction: all of them, or none. One of the same key and content is replaced.
 
         Raises:
             FeatureError: NaN, infinity, a value that `embedding_dtype` cannot hold, or mixed widths.
             StoreError: the file cannot be written.
         """
-        encoded = [self._encode(row) for row in rows]
+        encoded = [encode(row, self.embedding_dtype) for row in rows]
         if not encoded:
             return
         with self._file.use("write") as connection, transaction(connection):
@@ -154,39 +144,21 @@ class FeatureStore:
             insert_rows(connection, identity.fingerprint, facts, encoded)
 
     def keys(self, identity: EncoderIdentity) -> list[str]:
-        """Return the keys stored for an identity, sorted."""
+        """Return the keys stored for an identity, sorted, each once."""
         with self._file.use("read") as connection:
-            statement = "SELECT key FROM features WHERE namespace = (SELECT id FROM namespaces WHERE fingerprint = ?)"
-            rows = connection.execute(statement, (identity.fingerprint,)).fetchall()
-        return sorted(key_to_text(key) for (key,) in rows)
+            statement = "SELECT DISTINCT key FROM features WHERE namespace = (SELECT id FROM namespaces WHERE fingerprint = ?)"
+            return sorted(key_to_text(key) for (key,) in connection.execute(statement, (identity.fingerprint,)))
 
     def count(self, identity: EncoderIdentity) -> int:
         """Return how many features are stored for an identity."""
         with self._file.use("read") as connection:
             statement = "SELECT count(*) FROM features WHERE namespace = (SELECT id FROM namespaces WHERE fingerprint = ?)"
-            return int(connection.execute(statement, (identity.fingerprint,)).fetchone()[0])
+            ((count,),) = connection.execute(statement, (identity.fingerprint,))
+            return int(count)
 
     def close(self) -> None:
         """Close this process's connections; doing it twice is fine."""
         self._file.close()
-
-    def _encode(self, row: StoredFeature) -> Row:
-        given = np.asarray(row.feature)
-        if given.ndim != 1 or given.size == 0:
-            raise FeatureError("cannot store a feature of this shape", {"key": repr(row.key), "found": given.shape, "expected": "(F,)"})
-        if not np.isfinite(given).all():
-            facts = {"key": repr(row.key), "found": f"{int((~np.isfinite(given)).sum())} NaN or infinite values", "expected": "finite values"}
-            raise FeatureError("cannot store a feature that is not finite", facts, "run the encoder in float32, or check the image")
-        with np.errstate(over="ignore"):
-            kept = given.astype(_DTYPES[self.embedding_dtype])
-        if not np.isfinite(kept).all():
-            facts = {"key": repr(row.key), "found": f"largest magnitude {np.abs(given).max():g}", "expected": f"what {self.embedding_dtype} can hold"}
-            raise FeatureError(f"cannot store a feature as {self.embedding_dtype}: too large", facts, "set `embedding_dtype` to float32")
-        # SQLite's text has no lone surrogates; a note is for people to read.
-        note = None if row.note is None else row.note.encode("utf-8", "replace").decode()
-        key, data = key_to_bytes(row.key), kept.tobytes()
-        stamp = (row.stamp.size, row.stamp.mtime_ns, _digest_and_place(row.stamp)) if row.stamp else (None, None, None)
-        return (key, *stamp, self.embedding_dtype, kept.size, data, checksum(key, data, note), time.time(), note)
 
 
 def insert_rows(connection: sqlite3.Connection, fingerprint: str, facts: str, rows: Sequence[Row]) -> None:
@@ -198,62 +170,17 @@ def insert_rows(connection: sqlite3.Connection, fingerprint: str, facts: str, ro
     connection.execute(_NAMESPACE, (fingerprint, facts, time.time()))
     (namespace,) = connection.execute("SELECT id FROM namespaces WHERE fingerprint = ?", (fingerprint,)).fetchone()
     stored = connection.execute(_WIDTH, (namespace,)).fetchone()
-    expected = stored[0] if stored else rows[0][5]
+    (expected,) = stored or (rows[0].width,)
     for row in rows:
-        if row[5] != expected:
-            found = {"key": repr(key_to_text(row[0])), "found": f"({row[5]},)", "expected": f"({expected},)"}
+        if row.width != expected:
+            found = {"key": repr(key_to_text(row.key)), "found": f"({row.width},)", "expected": f"({expected},)"}
             raise FeatureError("cannot store features of different widths in one namespace", found, "store the features of one encoder only")
     connection.executemany(_UPSERT, [(namespace, *row) for row in rows])
 
 
-def decode(row: Row) -> np.ndarray[Any, Any] | None:
-    """Return the feature (F,) of a row, a view in the dtype it is stored in, or None where the row is damaged."""
-    key, data, note = row[0], row[6], row[9]
-    # SQLite keeps any type in any column: a damaged row can hold a number where text was written.
-    if not (isinstance(key, bytes) and isinstance(data, bytes) and (note is None or isinstance(note, str))):
-        return None
-    dtype = _DTYPES.get(row[4])
-    if dtype is None or checksum(key, data, note) != row[7] or divmod(len(data), dtype.itemsize) != (row[5], 0):
-        return None
-    return np.frombuffer(data, dtype)
-
-
-def stamp_of(row: Row) -> SourceStamp | None:
-    """Return the stamp of a row's source file, or None where it came from a tensor."""
-    if row[3] is None:
-        return None
-    digest, _, place = row[3].partition("@")
-    return SourceStamp(row[1], row[2], digest, place or None)
-
-
-def place_of(path: str | os.PathLike[str]) -> str:
-    """Return 16 hex digits that name the absolute path of a file."""
-    return hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).hexdigest()
-
-
-def _digest_and_place(stamp: SourceStamp) -> str:
-    return stamp.digest if stamp.place is None else f"{stamp.digest}@{stamp.place}"
-
-
-def checksum(key: bytes, data: bytes, note: str | None) -> int:
-    """Return the CRC-32 of key, data and note."""
-    crc = zlib.crc32(data, zlib.crc32(key))
-    return crc if note is None else zlib.crc32(note.encode(), crc)
-
-
-def is_facts_of(facts: str, fingerprint: str) -> bool:
-    """Tell whether facts as they are stored give this fingerprint (`EncoderIdentity.fingerprint`)."""
-    return fingerprint.rsplit("-", 1)[-1] == hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
-
-
-def key_to_bytes(key: str) -> bytes:
-    """Return a key as it is stored."""
-    return key.encode("utf-8", "surrogatepass")
-
-
-def key_to_text(key: bytes) -> str:
-    """Return a stored key as text; a damaged one legibly."""
-    try:
-        return key.decode("utf-8", "surrogatepass")
-    except (UnicodeDecodeError, AttributeError):
-        return key.decode("utf-8", "backslashreplace") if isinstance(key, bytes) else repr(key)
+def _rounded(feature: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any] | None:
+    """Return a feature as a run of this dtype would have stored it; None where it could not."""
+    with np.errstate(over="ignore"):
+        kept = feature.astype(DTYPES[dtype])
+    kept.flags.writeable = False
+    return kept if np.isfinite(kept).all() else None
