@@ -573,7 +573,7 @@ def test_the_warning_is_said_again_for_another_model(capsys: pytest.CaptureFixtu
     for seed in (1, 2):
         build(seed=seed, is_moved=False).unet.load_state_dict(baseline())
     assert capsys.readouterr().out.count("plain baseline") == 2
-    assert film_module._warned_of_baseline
+    assert film_module._said
 
 
 def test_film_follows_the_unets_dtype_and_training_state() -> None:
