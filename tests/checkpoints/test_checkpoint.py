@@ -206,7 +206,7 @@ def without(name: str, state: dict[str, Any]) -> dict[str, Any]:
 def test_port_film_that_does_not_fit_is_refused_by_name(change: Any) -> None:
     checkpoint = port_checkpoint(Root(seed=1))
     checkpoint["state_dict"] = change(checkpoint["state_dict"])
-    with pytest.raises(CheckpointError, match="does not fit|acts elsewhere|fits neither"):
+    with pytest.raises(CheckpointError, match=r"does not fit|acts elsewhere|fits neither"):
         adapt(Root(seed=2), checkpoint, settings_of())
 
 

@@ -149,11 +149,11 @@ def _is_strict(passed: bool) -> bool:
 
     torch passes True to every module, whatever `load_state_dict(strict=)` was asked; only that call's own variables know.
     """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "load_state_dict" and {"strict", "missing_keys"} <= frame.f_locals.keys():
-            return bool(frame.f_locals["strict"])
-        frame = frame.f_back
+    call = inspect.currentframe()
+    while call is not None:
+        if call.f_code.co_name == "load_state_dict" and {"strict", "missing_keys"} <= call.f_locals.keys():
+            return bool(call.f_locals["strict"])
+        call = call.f_back
     return passed
 
 
