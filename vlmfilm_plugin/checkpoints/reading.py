@@ -15,16 +15,14 @@ from vlmfilm_plugin.errors import CheckpointError
 
 # What the checkpoints of Lightning and of MONAI's users hold beside tensors: classes and functions that make plain data and do nothing else.
 # A best score, for one, is a MetaTensor where the loss came from MONAI's images, and its meta data are arrays.
-_LIGHTNING = [f"{root}.utilities.data.AttributeDict" for root in ("lightning.fabric", "lightning_fabric")]
-_LIGHTNING += [f"{root}.utilities.parsing.AttributeDict" for root in ("lightning.pytorch", "pytorch_lightning")]
 _NUMPY = [f"numpy.{core}.multiarray.{name}" for core in ("_core", "core") for name in ("_reconstruct", "scalar")] + ["numpy.ndarray", "numpy.dtype"]
 _MONAI = ["monai.data.meta_tensor.MetaTensor", *(f"monai.utils.enums.{name}" for name in ("MetaKeys", "SpaceKeys", "TraceKeys"))]
 _OMEGACONF = ["dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata"]
 _OMEGACONF += [f"nodes.{kind}Node" for kind in ("Any", "Boolean", "Bytes", "Float", "Integer", "Path", "String")]
 _PYTHON = [f"pathlib{part}.{name}" for part in ("", "._local") for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")]
-_PYTHON += ["argparse.Namespace", "types.SimpleNamespace", "collections.defaultdict", "collections.deque", "typing.Any"]
+_PYTHON += ["argparse.Namespace", "types.SimpleNamespace", "collections.defaultdict", "typing.Any"]
 _PYTHON += [f"builtins.{name}" for name in ("dict", "list", "tuple", "int", "float", "str", "bool")]
-SAFE = frozenset([*_LIGHTNING, *_NUMPY, *_MONAI, *(f"omegaconf.{name}" for name in _OMEGACONF), *_PYTHON])
+SAFE = frozenset([*_NUMPY, *_MONAI, *(f"omegaconf.{name}" for name in _OMEGACONF), *_PYTHON])
 
 
 def read_checkpoint(path: str | Path) -> Mapping[Any, Any]:
@@ -93,5 +91,6 @@ def _numpy_dtypes() -> list[Any]:
 
 
 def _unreadable(path: str | Path, error: Exception) -> CheckpointError:
-    said = " ".join(str(error).split())[:300]
+    # torch's own advice, in front of what it found, is to run the file's code.
+    said = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())[:300]
     return CheckpointError("cannot read the checkpoint", {"file": path, "error": said}, "give a file that torch.save wrote")
