@@ -5,7 +5,8 @@ Holds mode, settings, the states of the FiLM modules and the log lines. Host ada
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ class Runtime:
     def __init__(self, mode: str, environ: Mapping[str, str], base_dir: str) -> None:
         self.mode, self._environ, self._base_dir = mode, dict(environ), base_dir
         self._host_layers: list[Layer] = []
-        self._facts: CheckpointFacts | None = None
+        # Read when a model is first built: a model with FiLM of its own never asks.
+        self._facts: Callable[[], CheckpointFacts | None] = lambda: None
         self._counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self._settings: Settings | None = None
         self._diagnostics: Diagnostics | None = None
@@ -64,7 +66,7 @@ class Runtime:
         return self._settings
 
     def _resolve(self) -> Settings:
-        settings = resolve_with(self._facts, [*self._host_layers, *environment_layers(self._environ, self._base_dir)], self._base_dir)
+        settings = resolve_with(self._facts(), [*self._host_layers, *environment_layers(self._environ, self._base_dir)], self._base_dir)
         if not settings.use_vlm_film:
             raise SettingsError(
                 "this run was asked to be FiLM and not to be FiLM",
@@ -83,13 +85,14 @@ class Runtime:
     def host_config(self, values: Mapping[str, object], resume: str | None) -> None:
         """Take settings from the host's own configuration, and from the checkpoint it will resume from."""
         self._host_layers = [("host config", values)]
-        self._facts = peek(resume)
+        facts = peek(resume)
+        self._facts = lambda: facts
         self._settings = self._diagnostics = None
 
     @contextmanager
     def loading(self, path: object) -> Iterator[None]:
         """Build models inside the block as the checkpoint at `path` says: its stages win, its encoder is the default."""
-        outer, self._facts = self._facts, peek(path)
+        outer, self._facts = self._facts, functools.cache(lambda: peek(path))
         self._settings = None
         try:
             yield
