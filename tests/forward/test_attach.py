@@ -573,7 +573,48 @@ def test_the_warning_is_said_again_for_another_model(capsys: pytest.CaptureFixtu
     for seed in (1, 2):
         build(seed=seed, is_moved=False).unet.load_state_dict(baseline())
     assert capsys.readouterr().out.count("plain baseline") == 2
-    assert film_module._warned_of_baseline
+    assert film_module._said
+
+
+class Wrapped(nn.Module):
+    """A host that overrides `load_state_dict`, as wrappers do."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.inner = unet
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_without_film_keys_a_load_that_is_not_strict_leaves_trained_heads_alone_and_reports_them(
+    is_wrapped: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handle = build()
+    model: nn.Module = Wrapped(handle.unet) if is_wrapped else handle.unet
+    prefix = "inner." if is_wrapped else ""
+    before = {name: value.clone() for name, value in handle.film.state_dict().items()}
+    state = {prefix + name: value for name, value in baseline().items()}
+    for _ in range(2):
+        result = model.load_state_dict(state, strict=False)
+        assert set(result.missing_keys) == {f"{prefix}vlm_film.{name}" for name in before} and not result.unexpected_keys
+    assert all(torch.equal(value, before[name]) for name, value in handle.film.state_dict().items())
+    assert capsys.readouterr().out.count("left as it is (strict=False)") == 1
+    assert torch.equal(handle.unet.final.weight, baseline()["final.weight"])
+    # A strict load of a plain baseline still starts at the identity.
+    model.load_state_dict(state)
+    assert not any(bool(head.mlp[2].weight.any()) for head in handle.film.heads)
+
+
+def test_part_of_film_loads_where_the_load_is_not_strict_and_the_rest_is_reported() -> None:
+    saved, handle = build(seed=1), build(seed=2)
+    before = {name: value.clone() for name, value in handle.film.state_dict().items()}
+    part = {name: value for name, value in saved.unet.state_dict().items() if "vlm_film.heads.0" in name}
+    result = handle.unet.load_state_dict(part, strict=False)
+    assert {"vlm_film._extra_state", "vlm_film.heads.1.mlp.2.weight"} <= set(result.missing_keys)
+    assert torch.equal(handle.film.heads[0].mlp[2].weight, saved.film.heads[0].mlp[2].weight)
+    assert torch.equal(handle.film.heads[1].mlp[2].weight, before["heads.1.mlp.2.weight"])
 
 
 def test_film_follows_the_unets_dtype_and_training_state() -> None:

@@ -131,6 +131,7 @@ def test_a_checkpoint_of_the_port_loads_with_its_stages_and_unbounded_heads(trai
     checkpoint = {name: value for name, value in checkpoint.items() if name not in {"vlm_film", "optimizer_states"}}
     checkpoint |= {"state_dict": state, "vlm_film_trained_stages": [1]}
     checkpoint["hyper_parameters"] |= {"use_vlm_film": True, "vlm_film_config": {"model_name": str(tiny_qwen), "gamma_scale": 0.1}}
+    checkpoint["hyper_parameters"] |= {"vlm_film_decoder_stages": [1], "junction_gating_config": None}
     torch.save(checkpoint, port)
     code = f"""
     import torch
@@ -140,10 +141,21 @@ def test_a_checkpoint_of_the_port_loads_with_its_stages_and_unbounded_heads(trai
     state = torch.load({str(port)!r}, weights_only=False)["state_dict"]
     assert torch.equal(film.heads[0].mlp[2].weight, state["vlm_film_heads.0.mlp.2.weight"])
     assert torch.equal(film.image_to_cond.proj.weight, state["vlm_film_conditioner.image_to_cond.proj.weight"])
-    print([s.index for s in film.architecture.stages], film.heads[0].gamma_scale, film.architecture.cond_dim)
+    print([s.index for s in film.architecture.stages], film.heads[0].gamma_scale, film.architecture.cond_dim, film.architecture.apply_point)
+    # A model that is built afterwards is built with the settings of the run, not with those of the checkpoint.
+    sizes = {{name: model.hparams[name] for name in ("arch_name", "image_size", "patch_plan", "timesteps", "model_channels", "channel_mult")}}
+    fresh = FlowModel(**sizes, attn_resolutions=[]).unet.base_unet.vlm_film
+    print([s.index for s in fresh.architecture.stages], fresh.heads[0].gamma_scale, fresh.architecture.cond_dim, fresh.architecture.apply_point)
+    for instance in (model, FlowModel(**sizes, attn_resolutions=[])):
+        try:
+            instance.load_from_checkpoint({str(port)!r}, map_location="cpu", weights_only=False)
+        except TypeError as error:
+            print(error)
     """
-    output = succeed(run_code(code, cwd=host.repo, VLM_FILM_MODE="on"))
-    assert output.splitlines()[-1] == "[1] None 10"
+    output = succeed(run_code(code, cwd=host.repo, VLM_FILM_MODE="on", VLM_FILM_MODEL_NAME=str(tiny_qwen)))
+    lines = [line for line in output.splitlines() if not line.startswith("[VLM]")][-4:]
+    assert lines[:2] == ["[1] None 10 post_block1", "[0, 1] 0.1 256 post_block2"]
+    assert len(lines) == 4 and all("cannot be called on an instance" in line for line in lines[2:])
     assert "not used here: vlm_film_conditioner.text_to_cond.mlp.0.weight" in output
 
 

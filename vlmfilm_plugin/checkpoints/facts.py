@@ -1,31 +1,103 @@
-"""What a checkpoint says of its FiLM, as settings: the record, and the keys it stands under."""
+"""What a checkpoint says of its FiLM, as settings: the record, the keys it stands under, and how it meets the settings of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+
+from vlmfilm_plugin.errors import CheckpointError
+from vlmfilm_plugin.log import film_logger
+from vlmfilm_plugin.settings.layers import Layer, resolve
+from vlmfilm_plugin.settings.record import ALIASES, FIELDS, Settings
 
 METADATA = "vlm_film"
 TRAINED_STAGES = "vlm_film_trained_stages"
+GATE_SETTINGS = ("spatial_gate", "junction_gating_config")
+"""Settings of where FiLM acts within an image; the record may not know all of them."""
 
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """What a checkpoint says of its FiLM: settings of its encoder (explicit settings win) and of its architecture (these win)."""
+    """What a checkpoint says of its FiLM.
+
+    Attributes:
+        encoder: settings of its encoder; explicit settings win.
+        gate: settings of where FiLM acts within an image; explicit settings win.
+        architecture: settings of what was built on top of the features; these win.
+        readings: where nothing says where FiLM acts, what it may be; `apply_point` must then be set.
+    """
 
     path: str
     encoder: Mapping[str, object] = field(default_factory=dict)
     architecture: Mapping[str, object] = field(default_factory=dict)
+    gate: Mapping[str, object] = field(default_factory=dict)
+    readings: Sequence[str] = ()
+
+    @property
+    def origin(self) -> str:
+        """Return the name of its layers of settings."""
+        return f"checkpoint {self.path}"
 
 
-def architecture_settings(architecture: Mapping[str, Any]) -> dict[str, object]:
-    return {
-        "decoder_stages": [stage["index"] for stage in architecture["stages"]],
-        "apply_point": architecture["apply_point"],
-        "cond_dim": architecture["cond_dim"],
-        "text_mlp_hidden_dim": architecture["hidden_dim"],
-        "gamma_scale": architecture["gamma_scale"],
-        "beta_scale": architecture["beta_scale"],
-        "cond_layernorm": architecture["use_layernorm"],
-    }
+def known_settings(recorded: object, origin: str) -> dict[str, object]:
+    """Return the recorded settings that this version knows, and say once which it does not: another version's are no error.
+
+    What decides features is checked by the encoder's fingerprint when the weights load.
+    """
+    if not isinstance(recorded, Mapping):
+        facts = {"checkpoint": origin, "found": type(recorded).__name__, "expected": "a mapping of settings"}
+        raise CheckpointError("cannot use this checkpoint's FiLM: its settings cannot be read", facts, "load a checkpoint that this plugin wrote")
+    unknown = sorted(str(name) for name in recorded if name not in FIELDS and name not in ALIASES)
+    if unknown:
+        film_logger().warning(
+            "[VLM] WARNING: %s records settings that this version does not know: %s; they are not used, and its encoder is checked by fingerprint",
+            origin,
+            ", ".join(unknown),
+        )
+    return {str(name): value for name, value in recorded.items() if str(name) not in unknown}
+
+
+def resolve_with(facts: CheckpointFacts | None, given: Sequence[Layer], base_dir: str | Path | None = None) -> Settings:
+    """Merge the layers of a run with what a checkpoint says: around them, weakest its encoder and gate, strongest its architecture.
+
+    A setting of the run that loses against the checkpoint is named in one line.
+
+    Raises:
+        CheckpointError: the checkpoint can be read in several ways, and nothing given says which.
+    """
+    if facts is None:
+        return resolve(given, base_dir)
+    weakest: list[Layer] = [(facts.origin, facts.encoder), (facts.origin, facts.gate), *given]
+    settings = resolve([*weakest, (facts.origin, facts.architecture)], base_dir)
+    require_reading(facts.path, facts.readings, settings)
+    asked = resolve(weakest, base_dir)
+    lost = [name for name in facts.architecture if asked.is_explicit(name) and getattr(asked, name) != getattr(settings, name)]
+    for name in lost:
+        film_logger().warning(
+            "[VLM] WARNING: %s=%s is not used (from %s): the FiLM of %s was trained with %s",
+            name,
+            _written(getattr(asked, name)),
+            asked.origin(name),
+            facts.path,
+            _written(getattr(settings, name)),
+        )
+    return settings
+
+
+def require_reading(path: str, readings: Sequence[str], settings: Settings) -> None:
+    """Check that `apply_point` is set where a checkpoint leaves it open.
+
+    Raises:
+        CheckpointError: it is not; both readings are named.
+    """
+    if readings and not settings.is_explicit("apply_point"):
+        raise CheckpointError(
+            "cannot load this checkpoint of the soft-seg port: nothing in it says where its FiLM acts",
+            {"checkpoint": path, **{f"reading {number}": reading for number, reading in enumerate(readings, 1)}, "expected": "its hyperparameters"},
+            "set `apply_point` (and `decoder_stages`) to what it was trained with",
+        )
+
+
+def _written(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value

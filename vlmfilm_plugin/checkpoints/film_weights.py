@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from vlmfilm_plugin.checkpoints.facts import METADATA, TRAINED_STAGES
+from vlmfilm_plugin.checkpoints.reading import read_checkpoint
 from vlmfilm_plugin.checkpoints.soft_seg_layout import to_port_layout
 from vlmfilm_plugin.errors import CheckpointError
-from vlmfilm_plugin.film.architecture import read_extra_state
+from vlmfilm_plugin.film.architecture import read_description, read_extra_state
 from vlmfilm_plugin.film.module import MARKER
 
 _KEY = "vlmfilm"
@@ -37,7 +38,7 @@ def export_adapter(checkpoint: str | Path, out: str | Path, layout: str = "own")
     """
     from safetensors.torch import save_file
 
-    content = _load(checkpoint)
+    content = read_checkpoint(checkpoint)
     state = content.get("state_dict", content)
     film = {name: value for name, value in state.items() if MARKER in name}
     if not film:
@@ -46,7 +47,7 @@ def export_adapter(checkpoint: str | Path, out: str | Path, layout: str = "own")
             {"checkpoint": checkpoint, "expected": f"keys with {MARKER!r} in them"},
             "give one of a FiLM run",
         )
-    metadata = content.get(METADATA) or {"architecture": _architecture(film), "settings": {}, "mode": None}
+    metadata = _in_todays_terms(content.get(METADATA) or {"architecture": _architecture(film), "settings": {}, "mode": None}, checkpoint)
     tensors = to_port_layout(film) if layout == "port" else film
     if not Path(out).parent.is_dir():
         facts = {"found": f"no folder {Path(out).parent}", "expected": "a file in an existing folder"}
@@ -83,14 +84,14 @@ def apply_adapter(adapter: str | Path, checkpoint: str | Path, out: str | Path) 
     if _KEY not in metadata or metadata.get("layout") != "own":
         facts = {"file": adapter, "found": f"layout {metadata.get('layout')!r}", "expected": "layout 'own'"}
         raise CheckpointError("cannot apply these FiLM weights", facts, "export it again without `--layout port`")
-    content = dict(_load(checkpoint))
+    content = dict(read_checkpoint(checkpoint))
     is_bare = "state_dict" not in content
     state: Mapping[str, Any] = content if is_bare else content["state_dict"]
     merged = _merge(state, tensors, adapter, checkpoint)
     if is_bare:
         torch.save(merged, out)
         return list(tensors)
-    described = json.loads(metadata[_KEY])
+    described = _in_todays_terms(json.loads(metadata[_KEY]), adapter)
     content |= {"state_dict": merged, METADATA: described, TRAINED_STAGES: [stage["index"] for stage in described["architecture"]["stages"]]}
     content.pop("optimizer_states", None)
     torch.save(content, out)
@@ -120,6 +121,13 @@ def _merge(state: Mapping[str, Any], tensors: Mapping[str, Tensor], adapter: obj
     return merged
 
 
+def _in_todays_terms(metadata: Any, file: object) -> dict[str, Any]:
+    if not isinstance(metadata, Mapping) or "architecture" not in metadata:
+        facts = {"file": file, "found": type(metadata).__name__, "expected": "a mapping with an architecture"}
+        raise CheckpointError("cannot use this file's FiLM: its description cannot be understood", facts, "give a file that this plugin wrote")
+    return {**metadata, "architecture": read_description(metadata["architecture"])}
+
+
 def _architecture(film: Mapping[str, Any]) -> Mapping[str, Any]:
     extra = next((value for name, value in film.items() if name.endswith("_extra_state")), None)
     if extra is None:
@@ -127,17 +135,3 @@ def _architecture(film: Mapping[str, Any]) -> Mapping[str, Any]:
             "cannot export FiLM: its description is missing", {"expected": "a key ending in `_extra_state`"}, "save the model again"
         )
     return read_extra_state(extra)
-
-
-def _load(path: str | Path) -> Mapping[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:  # torch, pickle, zip and the file system each raise their own
-        raise CheckpointError(
-            "cannot read the checkpoint", {"file": path, "error": " ".join(str(error).split())[:300]}, "give a file that torch.save wrote"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(
-            "cannot use the checkpoint", {"file": path, "found": type(content).__name__, "expected": "a mapping"}, "give a checkpoint"
-        )
-    return content

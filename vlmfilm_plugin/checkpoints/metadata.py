@@ -10,15 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from vlmfilm_plugin.checkpoints.facts import METADATA, TRAINED_STAGES
+from vlmfilm_plugin.checkpoints.facts import GATE_SETTINGS, METADATA, TRAINED_STAGES
 from vlmfilm_plugin.checkpoints.optimizer_state import match_optimizer_states
-from vlmfilm_plugin.checkpoints.soft_seg_layout import (
-    PORT_ENCODER_SETTINGS,
-    PORT_HEADS,
-    from_port,
-)
+from vlmfilm_plugin.checkpoints.soft_seg_layout import from_port
+from vlmfilm_plugin.checkpoints.soft_seg_reading import PORT_ENCODER_SETTINGS, PORT_HEADS
 from vlmfilm_plugin.film.module import FilmModule, film_modules
-from vlmfilm_plugin.settings.record import Settings
+from vlmfilm_plugin.settings.record import FIELDS, Settings
 
 _ENCODER_SETTINGS = ("encoder", "revision", "min_pixels", "max_pixels", "prompt_templates", "questionnaire", *PORT_ENCODER_SETTINGS)
 
@@ -29,22 +26,23 @@ def write_metadata(model: nn.Module, settings: Settings, checkpoint: MutableMapp
     if not films:
         return
     architecture = films[0].architecture
+    gate = [name for name in GATE_SETTINGS if name in FIELDS and settings.is_explicit(name)]
     checkpoint[METADATA] = {
         "architecture": architecture.as_dict(),
-        "settings": {name: getattr(settings, name) for name in _ENCODER_SETTINGS},
+        "settings": {name: getattr(settings, name) for name in (*_ENCODER_SETTINGS, *gate)},
         "mode": films[0].mode,
     }
     checkpoint[TRAINED_STAGES] = [stage.index for stage in architecture.stages]
 
 
-def adapt(model: nn.Module, checkpoint: MutableMapping[str, Any], *, is_frozen: bool = False) -> None:
+def adapt(model: nn.Module, checkpoint: MutableMapping[str, Any], settings: Settings) -> None:
     """Make a checkpoint fit a model that carries FiLM, before its strict load: the port's names, and the order of optimizer state.
 
     Args:
-        is_frozen: the host does not train, so that its optimizer holds FiLM's parameters alone.
+        settings: those the model's FiLM was built with. Where they freeze the host, its optimizer holds FiLM's parameters alone.
 
     Raises:
-        CheckpointError: the port's heads do not fit, or optimizer state cannot be matched to parameters.
+        CheckpointError: the port's heads do not fit or act elsewhere, or optimizer state cannot be matched to parameters.
     """
     state = checkpoint.get("state_dict")
     films = [(name, module) for name, module in model.named_modules() if isinstance(module, FilmModule)]
@@ -53,5 +51,5 @@ def adapt(model: nn.Module, checkpoint: MutableMapping[str, Any], *, is_frozen: 
     order = [str(name) for name in state]
     renamed: dict[str, str] = {}
     if any(name.startswith(PORT_HEADS) for name in order):
-        renamed = from_port(state, films)
-    match_optimizer_states(model, checkpoint, [renamed.get(name, name) for name in order], is_frozen)
+        renamed = from_port(checkpoint, films, settings)
+    match_optimizer_states(model, checkpoint, [renamed.get(name, name) for name in order], settings.freeze_host)

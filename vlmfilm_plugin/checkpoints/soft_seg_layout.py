@@ -5,46 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from vlmfilm_plugin.checkpoints.facts import TRAINED_STAGES, CheckpointFacts
+from vlmfilm_plugin.checkpoints.facts import require_reading
+from vlmfilm_plugin.checkpoints.soft_seg_reading import PORT_CONDITIONER, PORT_HEADS, Reading, readings_of
 from vlmfilm_plugin.errors import CheckpointError
 from vlmfilm_plugin.film.architecture import read_extra_state
 from vlmfilm_plugin.film.module import MARKER, FilmModule
 from vlmfilm_plugin.log import film_logger
-
-PORT_HEADS, PORT_CONDITIONER = "vlm_film_heads.", "vlm_film_conditioner."
-
-# Settings that say which features a checkpoint was trained on, and those that say what was built on top of them.
-PORT_ENCODER_SETTINGS = ("model_name", "use_text_prompt_cond", "prompt_template", "max_new_tokens", "pool")
+from vlmfilm_plugin.settings.record import Settings
 
 
-def port_facts(checkpoint: Mapping[str, Any], state: Mapping[str, Any], path: str) -> CheckpointFacts:
-    hyperparameters = checkpoint.get("hyper_parameters", {})
-    config = hyperparameters.get("vlm_film_config") or {}
-    first = state.get(f"{PORT_HEADS}0.mlp.0.weight")
-    if first is None:
-        raise CheckpointError(
-            "cannot read this checkpoint's FiLM",
-            {"checkpoint": path, "found": f"keys under {PORT_HEADS!r}, but no {PORT_HEADS}0.mlp.0.weight", "expected": "the soft-seg port's layout"},
-            "load a checkpoint that the port or this plugin wrote",
-        )
-    stages = checkpoint.get(TRAINED_STAGES) or hyperparameters.get("vlm_film_decoder_stages")
-    architecture: dict[str, object] = {
-        "decoder_stages": list(stages) if stages else None,
-        "cond_dim": first.shape[1],
-        "text_mlp_hidden_dim": first.shape[0],
-        # The port's checkpoints were trained with the unbounded form, whatever their config says.
-        "gamma_scale": None,
-        "beta_scale": None,
-        "cond_layernorm": f"{PORT_HEADS}0.ln.weight" in state,
-    }
-    encoder = {name: config[name] for name in PORT_ENCODER_SETTINGS if config.get(name) is not None}
-    return CheckpointFacts(path, encoder, architecture)
+def from_port(checkpoint: Mapping[str, Any], films: list[tuple[str, FilmModule]], settings: Settings) -> dict[str, str]:
+    """Rename the port's tensors in a checkpoint's state dict to ours, for every FiLM of the model.
 
+    Returns:
+        Our name of each tensor that was used, by the port's; the first where several modules use it.
 
-def from_port(state: MutableMapping[str, Any], films: list[tuple[str, FilmModule]]) -> dict[str, str]:
+    Raises:
+        CheckpointError: its heads act elsewhere than this model's, or do not fit; or nothing says where they act.
+    """
+    state: MutableMapping[str, Any] = checkpoint["state_dict"]
+    readings = readings_of(checkpoint, state, "being loaded")
+    require_reading("being loaded", [str(item) for item in readings] if len(readings) > 1 else (), settings)
     port = {str(name): state.pop(name) for name in list(state) if str(name).startswith((PORT_HEADS, PORT_CONDITIONER))}
     renamed: dict[str, str] = {}
     for position, (prefix, film) in enumerate(films):
+        _require_place(film, readings)
         expected = film.state_dict()
         translated = {_own_name(name): name for name in port}
         missing = [name for name in expected if name != "_extra_state" and name not in translated]
@@ -53,11 +38,10 @@ def from_port(state: MutableMapping[str, Any], films: list[tuple[str, FilmModule
             for name, value in expected.items()
             if name in translated and port[translated[name]].shape != value.shape
         ]
-        heads = sum(name.startswith(PORT_HEADS) and name.endswith("mlp.0.weight") for name in port)
-        if missing or wrong or heads != len(film.heads):
+        if missing or wrong:
             raise CheckpointError(
                 "cannot load this checkpoint of the soft-seg port: its FiLM does not fit this UNet",
-                {"heads": f"{heads}, expected {len(film.heads)}", "missing": missing or "none", "shapes": wrong or "as expected"},
+                {"missing": missing or "none", "shapes": wrong or "as expected"},
                 "set `decoder_stages` and `model_name` to those it was trained with",
             )
         for own, name in translated.items():
@@ -65,12 +49,34 @@ def from_port(state: MutableMapping[str, Any], films: list[tuple[str, FilmModule
                 state[f"{prefix}.{own}"] = port[name] if position == 0 else port[name].clone()
                 renamed.setdefault(name, f"{prefix}.{own}")
     unused = [name for name in port if name not in renamed]
+    architecture = films[0][1].architecture
     film_logger().warning(
-        "[VLM] loaded FiLM weights in the soft-seg port's layout (unbounded heads); "
+        "[VLM] loaded FiLM weights in the soft-seg port's layout, trained by %s: apply_point=%s decoder_stages=%s, unbounded heads; "
         "the port does not name its encoder, so only the width was checked%s",
+        readings[0].trained_by if len(readings) == 1 else "what `apply_point` says, since it has no hyperparameters",
+        architecture.apply_point,
+        [stage.index for stage in architecture.stages],
         f"; not used here: {', '.join(unused)}" if unused else "",
     )
     return renamed
+
+
+def _require_place(film: FilmModule, readings: list[Reading]) -> None:
+    """Check that a FiLM acts where the weights were trained to act: shapes alone cannot tell."""
+    here = film.architecture.apply_point, tuple(stage.index for stage in film.architecture.stages)
+    places = [item for item in readings if item.apply_point == here[0]]
+    # Without hyperparameters the stages are the user's affair, the number of heads apart.
+    fitting = [item for item in places if item.stages == here[1] or (len(readings) > 1 and len(item.stages) == len(here[1]))]
+    bounds = {"gamma_scale": film.architecture.gamma_scale, "beta_scale": film.architecture.beta_scale}
+    bounded = [f"{name}={bound}" for name, bound in bounds.items() if bound is not None]
+    if fitting and not bounded:
+        return
+    built = [f"apply_point={here[0]} decoder_stages={list(here[1])}", *bounded]
+    raise CheckpointError(
+        "cannot load this checkpoint of the soft-seg port: its FiLM acts elsewhere, or in another way, than this model's",
+        {"this model": " ".join(built), "expected": " or ".join(f"{item}, gamma_scale and beta_scale null" for item in readings)},
+        "build the model with these settings, or let the checkpoint decide them by loading it with `load_from_checkpoint`",
+    )
 
 
 def _own_name(port_name: str) -> str:
@@ -90,6 +96,14 @@ def to_port_layout(state: Mapping[str, Any]) -> dict[str, Any]:
         facts = {"keys": len(state), "expected": f"keys with {MARKER!r} in them"}
         raise CheckpointError("cannot write the port's layout: this state dict holds no FiLM", facts, "give the state dict of a FiLM run")
     described = read_extra_state(state[f"{prefix}_extra_state"]) if f"{prefix}_extra_state" in state else {}
+    if described:
+        stages = [stage["index"] for stage in described["stages"]]
+        film_logger().info(
+            "[VLM] the port's layout does not say where FiLM acts: these heads act %s at stages %s (there, post_block1 is FlowModelVLMFiLM with "
+            "vlm_film_decoder_stages, post_block2 is FlowModel(use_vlm_film=True), which has a head at every stage)",
+            described["apply_point"],
+            stages,
+        )
     scales = {name: described.get(name) for name in ("gamma_scale", "beta_scale")}
     if any(scale is not None for scale in scales.values()):
         film_logger().warning(

@@ -1,18 +1,29 @@
 """The architecture of FiLM in one UNet: what decides the shape and the meaning of its weights, and how two of them are compared.
 
-No torch: a checkpoint's description can be read and checked without a model.
+`Architecture` is the one table of its fields: which setting decides each, and what each may be in a description. No torch: a
+checkpoint's description can be read and checked without a model.
+
+What a description promises. Backward: a description of an older format is migrated, format by format, and means what it meant. Forward: a
+later format is used where its writer says that this reader understands it (`readable_by`); fields it adds are then named in a warning and
+left out, since they change nothing about the weights. Anything else is refused: a later format that says no such thing, and a field that no
+format up to this one has.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from vlmfilm_plugin.errors import CheckpointError
+from vlmfilm_plugin.log import film_logger
+from vlmfilm_plugin.settings.record import Settings
 
-FORMAT = 1
+FORMAT = 2
+"""Format of the descriptions that this version writes."""
+READABLE_BY = 2
+"""The oldest format whose readers understand them: raise it together with `FORMAT` where the weights would mean something else to those."""
 
 
 @dataclass(frozen=True)
@@ -24,52 +35,150 @@ class Stage:
     channels: int
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_stage(value: object) -> bool:
+    if not isinstance(value, Mapping) or set(value) != {"index", "path", "channels"}:
+        return False
+    index, channels = value["index"], value["channels"]
+    return isinstance(value["path"], str) and _is_count(channels) and (index == 0 or _is_count(index)) and not isinstance(index, bool)
+
+
+def _are_stages(value: object) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(map(_is_stage, value))
+
+
+def _is_bound(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0)
+
+
+def _says(expected: str, is_valid: Callable[[Any], bool], setting: str | None = None, *, is_encoders: bool = False) -> dict[str, Any]:
+    """Return the row of a field: what it may be, the setting that decides it, and whether that setting belongs to the encoder."""
+    return {"expected": expected, "is_valid": is_valid, "setting": setting, "is_encoders": is_encoders}
+
+
+_COUNT = "a whole number >= 1", _is_count
+_BOUND = "a number >= 0, or null", _is_bound
+_FLAG = "true or false", lambda value: isinstance(value, bool)
+_TEXT = "text", lambda value: isinstance(value, str)
+_STAGES = "one or more stages with index, path and channels", _are_stages
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Everything that decides the shape and the meaning of FiLM's weights; it travels in every checkpoint."""
 
-    stages: tuple[Stage, ...]
-    apply_point: str
-    feature_dim: int
-    cond_dim: int
-    hidden_dim: int
-    gamma_scale: float | None
-    beta_scale: float | None
-    use_layernorm: bool
-    is_text: bool
-    fingerprint: str | None = None
-    encoder: Mapping[str, object] | None = None
+    stages: tuple[Stage, ...] = field(metadata=_says(*_STAGES, "decoder_stages"))
+    apply_point: str = field(metadata=_says(*_TEXT, "apply_point"))
+    feature_dim: int = field(metadata=_says(*_COUNT))
+    cond_dim: int = field(metadata=_says(*_COUNT, "cond_dim"))
+    hidden_dim: int = field(metadata=_says(*_COUNT, "text_mlp_hidden_dim"))
+    gamma_scale: float | None = field(metadata=_says(*_BOUND, "gamma_scale"))
+    beta_scale: float | None = field(metadata=_says(*_BOUND, "beta_scale"))
+    use_layernorm: bool = field(metadata=_says(*_FLAG, "cond_layernorm"))
+    is_text: bool = field(metadata=_says(*_FLAG, "use_text_prompt_cond", is_encoders=True))
+    # Of the encoder; a description may lack them.
+    fingerprint: str | None = field(default=None, metadata=_says("text, or null", lambda value: value is None or isinstance(value, str)))
+    encoder: Mapping[str, object] | None = field(
+        default=None, metadata=_says("a mapping, or null", lambda value: value is None or isinstance(value, Mapping))
+    )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values, with the format's version."""
-        return {"format": FORMAT, **asdict(self)}
+        """Return plain values, with the format and the oldest format that reads them."""
+        return {"format": FORMAT, "readable_by": READABLE_BY, **asdict(self)}
+
+
+_FIELDS = {item.name: item for item in fields(Architecture)}
+_OF_ENCODER = {"fingerprint", "encoder"}
+
+
+def decided_by(settings: Settings) -> dict[str, Any]:
+    """Return the fields of an `Architecture` that settings decide alone; stages and the feature's width also take a UNet and an encoder."""
+    return {name: getattr(settings, item.metadata["setting"]) for name, item in _FIELDS.items() if item.metadata["setting"] and name != "stages"}
+
+
+def as_settings(description: Mapping[str, Any]) -> dict[str, object]:
+    """Return what (a part of) a description says as settings, those of the encoder left out: what builds FiLM of this shape and meaning."""
+    named = {item.metadata["setting"]: name for name, item in _FIELDS.items() if item.metadata["setting"] and not item.metadata["is_encoders"]}
+    return {setting: _setting_value(name, description[name]) for setting, name in named.items() if name in description}
+
+
+def _setting_value(name: str, value: Any) -> object:
+    return [stage["index"] for stage in value] if name == "stages" else value
 
 
 def read_extra_state(state: Any) -> Mapping[str, Any]:
-    """Read the architecture that a checkpoint holds under `_extra_state`."""
+    """Read the description that a checkpoint holds under `_extra_state`, in the terms of today's format."""
     try:
         content = json.loads(bytes(state.cpu().tolist()))
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             "cannot read the FiLM description in this checkpoint", {"error": error}, "load a checkpoint that this plugin wrote"
         ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(
-            "cannot use this checkpoint's FiLM: unknown format",
-            {"found": found, "expected": FORMAT},
-            "update vlmfilm-plugin, or load an older checkpoint",
+    return read_description(content)
+
+
+def read_description(content: object) -> Mapping[str, Any]:
+    """Check a description and bring it to today's format.
+
+    Raises:
+        CheckpointError: a format that this version cannot read, an unknown field, a missing one, or a value that no version writes.
+    """
+    number: Any = content.get("format") if isinstance(content, Mapping) else None
+    if not isinstance(content, Mapping) or not _is_count(number):
+        found = type(content).__name__ if not isinstance(content, Mapping) else f"format {number!r}"
+        raise _unusable({"found": found, "expected": f"format 1 to {FORMAT}"}, "load a checkpoint that this plugin wrote")
+    description = dict(content)
+    oldest = description.get("readable_by", number)
+    if number > FORMAT and not (_is_count(oldest) and oldest <= FORMAT):
+        found = f"format {number}, for readers of format {oldest} or later"
+        raise _unusable({"found": found, "expected": f"format 1 to {FORMAT}"}, "update vlmfilm-plugin: a later version wrote it")
+    for step in range(number, FORMAT):
+        description = _MIGRATIONS[step](description)
+    unknown = sorted(str(name) for name in description if name not in {*_FIELDS, "format", "readable_by"})
+    if unknown and number <= FORMAT:
+        facts = {"found": f"unknown fields {', '.join(unknown)}", "expected": f"fields of format {number}"}
+        raise _unusable(facts, "load a checkpoint that this plugin wrote")
+    if unknown:
+        film_logger().warning(
+            "[VLM] WARNING: this checkpoint's FiLM was described by a later version (format %s): not used here, and without effect on its "
+            "weights: %s",
+            number,
+            ", ".join(unknown),
         )
-    return content
+    return {"format": FORMAT, "readable_by": READABLE_BY, **{name: _checked(name, description) for name in _FIELDS}}
+
+
+def _checked(name: str, description: Mapping[str, Any]) -> Any:
+    row = _FIELDS[name].metadata
+    if name not in description and name not in _OF_ENCODER:
+        raise _unusable({"found": f"no field {name!r}", "expected": row["expected"]}, "load a checkpoint that this plugin wrote")
+    value = description.get(name)
+    if not row["is_valid"](value):
+        raise _unusable({"found": f"{name} {str(value)[:100]}", "expected": row["expected"]}, "load a checkpoint that this plugin wrote")
+    return value
+
+
+def _unusable(facts: Mapping[str, object], fix: str) -> CheckpointError:
+    return CheckpointError("cannot use this checkpoint's FiLM: its description cannot be understood", facts, fix)
+
+
+# From a format to the next: what a description of that format meant, in the terms of the next.
+_MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    # Format 1 said nothing of its readers.
+    1: lambda description: {**description, "format": 2, "readable_by": 1},
+}
 
 
 def check_architecture(found: Mapping[str, Any], expected: Architecture) -> None:
-    """Compare a checkpoint's FiLM with the FiLM of this run.
+    """Compare a checkpoint's FiLM (`read_extra_state`) with the FiLM of this run.
 
     Raises:
         CheckpointError: another encoder (both fingerprints are shown) or another architecture (the differing values are shown).
     """
-    wanted = json.loads(json.dumps(expected.as_dict()))
+    wanted = json.loads(json.dumps(asdict(expected)))
     if found.get("fingerprint") and wanted["fingerprint"] and found["fingerprint"] != wanted["fingerprint"]:
         raise CheckpointError(
             "cannot load this checkpoint: its FiLM was trained on the features of another encoder",
@@ -79,13 +188,13 @@ def check_architecture(found: Mapping[str, Any], expected: Architecture) -> None
             },
             "set `encoder`, `model_name` and the prompt and pixel settings to those of the checkpoint",
         )
-    differing = [name for name in wanted if name not in {"fingerprint", "encoder", "format"} and found.get(name) != wanted[name]]
+    differing = [name for name in wanted if name not in _OF_ENCODER and found.get(name) != wanted[name]]
     if differing:
         facts = {name: f"{_brief(found.get(name))} in the checkpoint, {_brief(wanted[name])} in this run" for name in differing}
         raise CheckpointError(
             "cannot load this checkpoint: its FiLM has another architecture",
             facts,
-            f"build the model with the checkpoint's settings: {_as_settings(found, differing)}",
+            f"build the model with the checkpoint's settings: {_written_as_settings(found, differing)}",
         )
 
 
@@ -97,14 +206,7 @@ def _brief(value: object) -> str:
     return str(value)
 
 
-_SETTING_OF = {"hidden_dim": "text_mlp_hidden_dim", "use_layernorm": "cond_layernorm", "is_text": "use_text_prompt_cond"}
-
-
-def _as_settings(found: Mapping[str, Any], differing: Sequence[str]) -> str:
-    parts = []
-    for name in differing:
-        if name == "stages":
-            parts.append(f"decoder_stages={[stage['index'] for stage in found.get('stages', [])]}")
-        elif name != "feature_dim":
-            parts.append(f"{_SETTING_OF.get(name, name)}={found.get(name)}")
+def _written_as_settings(found: Mapping[str, Any], differing: Sequence[str]) -> str:
+    named = [(_FIELDS[name].metadata["setting"], name) for name in differing if _FIELDS[name].metadata["setting"]]
+    parts = [f"{setting}={_setting_value(name, found[name])}" for setting, name in named]
     return ", ".join(parts) or "the encoder it was trained with"

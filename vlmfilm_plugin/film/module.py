@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import uuid
 from typing import Any
@@ -19,7 +20,7 @@ ATTRIBUTE = "vlm_film"
 MARKER = f"{ATTRIBUTE}."
 """What stands in the state-dict key of every FiLM tensor."""
 
-_warned_of_baseline: set[str] = set()
+_said: set[tuple[str, str]] = set()
 
 
 class CompiledInputs:
@@ -114,27 +115,46 @@ class FilmModule(nn.Module):
     def set_extra_state(self, state: Any) -> None:
         """Accept the architecture of a checkpoint; `_load_from_state_dict` has checked it by then."""
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if any(key.startswith(prefix) for key in state_dict):
-            if f"{prefix}_extra_state" in state_dict:
-                check_architecture(read_extra_state(state_dict[f"{prefix}_extra_state"]), self.architecture)
-            else:
-                state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *args: Any) -> None:
+        has_film = any(key.startswith(prefix) for key in state_dict)
+        if f"{prefix}_extra_state" in state_dict:
+            check_architecture(read_extra_state(state_dict[f"{prefix}_extra_state"]), self.architecture)
+        elif not _is_strict(strict):
+            # As torch does: what is missing stays as it is, and is reported.
+            if not has_film:
+                self._say_once("the loaded state has no FiLM weights: FiLM is left as it is (strict=False)")
+        elif has_film:
+            state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
         else:
-            self._keep_identity(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            self._start_at_identity(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
 
-    def _keep_identity(self, state_dict: dict[str, Any], prefix: str) -> None:
-        if self.film_id not in _warned_of_baseline:
-            _warned_of_baseline.add(self.film_id)
-            film_logger().warning(
-                "[VLM] WARNING: the checkpoint has no FiLM weights (a plain baseline): "
-                "FiLM starts as the identity, which equals the baseline until it is trained"
-            )
+    def _start_at_identity(self, state_dict: dict[str, Any], prefix: str) -> None:
+        self._say_once(
+            "the checkpoint has no FiLM weights (a plain baseline): FiLM starts as the identity, which equals the baseline until it is trained"
+        )
         for name, value in self.state_dict().items():
             # These heads may have been trained before: the last layer at zero is what makes a head the identity.
             is_last_layer = name.startswith("heads.") and ".mlp.2." in name
             state_dict[prefix + name] = torch.zeros_like(value) if is_last_layer else value
+
+    def _say_once(self, text: str) -> None:
+        if (self.film_id, text) not in _said:
+            _said.add((self.film_id, text))
+            film_logger().warning("[VLM] WARNING: %s", text)
+
+
+def _is_strict(passed: bool) -> bool:
+    """Tell whether the load that is running is strict.
+
+    torch passes True to every module, whatever `load_state_dict(strict=)` was asked; only that call's own variables know.
+    """
+    call = inspect.currentframe()
+    while call is not None:
+        if call.f_code.co_name == "load_state_dict" and {"strict", "missing_keys"} <= call.f_locals.keys():
+            return bool(call.f_locals["strict"])
+        call = call.f_back
+    return passed
 
 
 def film_modules(model: nn.Module) -> list[FilmModule]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from vlmfilm_plugin.encoders.registry import build_encoder
 from vlmfilm_plugin.errors import HostError, SettingsError
-from vlmfilm_plugin.film.architecture import Architecture, Stage
+from vlmfilm_plugin.film.architecture import Architecture, Stage, decided_by
 from vlmfilm_plugin.film.freezing import freeze_host
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
 from vlmfilm_plugin.film.targets import Target, match_targets, select_stages
@@ -79,14 +79,8 @@ def install(
     identity = None if feature_dim is not None else build_encoder(settings)
     architecture = Architecture(
         stages=tuple(stages),
-        apply_point=settings.apply_point,
         feature_dim=feature_dim if identity is None else identity.feature_dim,  # type: ignore[arg-type]
-        cond_dim=settings.cond_dim,
-        hidden_dim=settings.text_mlp_hidden_dim,
-        gamma_scale=settings.gamma_scale,
-        beta_scale=settings.beta_scale,
-        use_layernorm=settings.cond_layernorm,
-        is_text=settings.use_text_prompt_cond,
+        **decided_by(settings),
         fingerprint=None if identity is None else identity.identity.fingerprint,
         encoder=None if identity is None else dict(identity.identity.facts),
     )

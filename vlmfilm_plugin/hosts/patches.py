@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from types import ModuleType
@@ -152,16 +153,28 @@ def _with_checkpoint(
     return hook
 
 
+class _LoadFromCheckpoint:
+    """Lightning's own descriptor, with the checkpoint's facts in force during the call; wrapt's function wrapper does not know that kind."""
+
+    def __init__(self, original: Any, runtime: Runtime) -> None:
+        self._original, self._runtime = original, runtime
+
+    def __get__(self, instance: Any, cls: Any = None) -> Any:
+        bound = self._original.__get__(instance, cls)
+        if instance is not None:
+            return bound  # Lightning refuses to be called on an instance, whose weights would stay as they are
+
+        @functools.wraps(bound)
+        def load_from_checkpoint(*args: Any, **kwargs: Any) -> Any:
+            with self._runtime.loading(args[0] if args else kwargs.get("checkpoint_path")):
+                return bound(*args, **kwargs)
+
+        return load_from_checkpoint
+
+
 def _patch_load_from_checkpoint(model: Any, runtime: Runtime) -> Undo:
-    # Lightning's own descriptor, which only binds to a class: wrapt's function wrapper does not know it.
     original = inspect.getattr_static(model, "load_from_checkpoint")
-
-    def load_from_checkpoint(cls: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        with runtime.loading(checkpoint_path, weights_only=kwargs.get("weights_only") is True):
-            return original.__get__(None, cls)(checkpoint_path, *args, **kwargs)
-
-    load_from_checkpoint.__doc__ = model.load_from_checkpoint.__doc__
-    return replace(model, "load_from_checkpoint", classmethod(load_from_checkpoint))
+    return replace(model, "load_from_checkpoint", _LoadFromCheckpoint(original, runtime))
 
 
 def _patch_config(spec: Config, runtime: Runtime) -> Undo:

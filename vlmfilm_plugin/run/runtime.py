@@ -5,7 +5,8 @@ Holds mode, settings, the states of the FiLM modules and the log lines. Host ada
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from vlmfilm_plugin.checkpoints.facts import CheckpointFacts
+from vlmfilm_plugin.checkpoints.facts import CheckpointFacts, resolve_with
 from vlmfilm_plugin.checkpoints.metadata import adapt, write_metadata
 from vlmfilm_plugin.checkpoints.peek import peek
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
@@ -27,7 +28,7 @@ from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.run.film_state import FilmStates
 from vlmfilm_plugin.run.log_lines import Diagnostics
 from vlmfilm_plugin.run.running_batch import HostBatch, RunningBatch
-from vlmfilm_plugin.settings.layers import Layer, environment_layers, resolve
+from vlmfilm_plugin.settings.layers import Layer, environment_layers
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE, refuse_changed_mode
 from vlmfilm_plugin.settings.record import Settings
 
@@ -44,7 +45,8 @@ class Runtime:
     def __init__(self, mode: str, environ: Mapping[str, str], base_dir: str) -> None:
         self.mode, self._environ, self._base_dir = mode, dict(environ), base_dir
         self._host_layers: list[Layer] = []
-        self._facts: CheckpointFacts | None = None
+        # Read when a model is first built: a model with FiLM of its own never asks.
+        self._facts: Callable[[], CheckpointFacts | None] = lambda: None
         self._counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self._settings: Settings | None = None
         self._diagnostics: Diagnostics | None = None
@@ -64,13 +66,7 @@ class Runtime:
         return self._settings
 
     def _resolve(self) -> Settings:
-        layers: list[Layer] = []
-        if self._facts is not None:
-            layers.append((f"checkpoint {self._facts.path}", self._facts.encoder))
-        layers += [*self._host_layers, *environment_layers(self._environ, self._base_dir)]
-        if self._facts is not None:
-            layers.append((f"checkpoint {self._facts.path}", self._facts.architecture))
-        settings = resolve(layers, self._base_dir)
+        settings = resolve_with(self._facts(), [*self._host_layers, *environment_layers(self._environ, self._base_dir)], self._base_dir)
         if not settings.use_vlm_film:
             raise SettingsError(
                 "this run was asked to be FiLM and not to be FiLM",
@@ -89,20 +85,20 @@ class Runtime:
     def host_config(self, values: Mapping[str, object], resume: str | None) -> None:
         """Take settings from the host's own configuration, and from the checkpoint it will resume from."""
         self._host_layers = [("host config", values)]
-        self._facts = peek(resume)
+        facts = peek(resume)
+        self._facts = lambda: facts
         self._settings = self._diagnostics = None
 
     @contextmanager
-    def loading(self, path: object, *, weights_only: bool = False) -> Iterator[None]:
+    def loading(self, path: object) -> Iterator[None]:
         """Build models inside the block as the checkpoint at `path` says: its stages win, its encoder is the default."""
-        outer, self._facts = self._facts, peek(path, weights_only=weights_only)
+        outer, self._facts = self._facts, functools.cache(lambda: peek(path))
         self._settings = None
         try:
             yield
         finally:
-            # The settings stay those of the model that was loaded; only a later model is built without this checkpoint.
-            resolved, self._facts = self._settings, outer
-            self._settings = resolved
+            # A model keeps the settings it was built with; what is built after the block is built without this checkpoint.
+            self._facts, self._settings = outer, None
 
     # Models
 
@@ -168,7 +164,8 @@ class Runtime:
 
     def load_checkpoint(self, model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         """Make a checkpoint fit before the host loads it strictly."""
-        adapt(model, checkpoint, is_frozen=self._is_frozen(model))
+        if films := film_modules(model):
+            adapt(model, checkpoint, self.states.settings_of(films[0]))
 
     def _is_frozen(self, model: nn.Module) -> bool:
         films = film_modules(model)

@@ -1,0 +1,96 @@
+"""Read a checkpoint file without running anything of it: tensors and plain data alone, by torch's own restricted unpickler."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmfilm_plugin.errors import CheckpointError
+
+# What the checkpoints of Lightning and of MONAI's users hold beside tensors: classes and functions that make plain data and do nothing else.
+# A best score, for one, is a MetaTensor where the loss came from MONAI's images, and its meta data are arrays.
+_NUMPY = [f"numpy.{core}.multiarray.{name}" for core in ("_core", "core") for name in ("_reconstruct", "scalar")] + ["numpy.ndarray", "numpy.dtype"]
+_MONAI = ["monai.data.meta_tensor.MetaTensor", *(f"monai.utils.enums.{name}" for name in ("MetaKeys", "SpaceKeys", "TraceKeys"))]
+_OMEGACONF = ["dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata"]
+_OMEGACONF += [f"nodes.{kind}Node" for kind in ("Any", "Boolean", "Bytes", "Float", "Integer", "Path", "String")]
+_PYTHON = [f"pathlib{part}.{name}" for part in ("", "._local") for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")]
+_PYTHON += ["argparse.Namespace", "types.SimpleNamespace", "collections.defaultdict", "typing.Any"]
+_PYTHON += [f"builtins.{name}" for name in ("dict", "list", "tuple", "int", "float", "str", "bool")]
+SAFE = frozenset([*_NUMPY, *_MONAI, *(f"omegaconf.{name}" for name in _OMEGACONF), *_PYTHON])
+
+
+def read_checkpoint(path: str | Path) -> Mapping[Any, Any]:
+    """Return what a checkpoint file holds; tensors stay on disk where the format allows it.
+
+    Raises:
+        CheckpointError: the file cannot be read, holds objects that only running code could make, or is no mapping.
+    """
+    try:
+        content = _load(path)
+    except pickle.UnpicklingError:
+        content = _load_with(_safe_objects(path), path)
+    except Exception as error:  # torch, zip and the file system each raise their own
+        raise _unreadable(path, error) from error
+    if not isinstance(content, Mapping):
+        facts = {"file": path, "found": type(content).__name__, "expected": "a mapping"}
+        raise CheckpointError("cannot use the checkpoint", facts, "give a checkpoint")
+    return content
+
+
+def _load(path: str | Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # torch's format before 1.6 cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _load_with(objects: list[Any], path: str | Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(objects):
+            return _load(path)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _safe_objects(path: str | Path) -> list[Any]:
+    """Import what a file needs of `SAFE`, and nothing where it needs anything else."""
+    names = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
+    if names is None:  # torch 2.5 cannot tell: what the process has imported already
+        return [_object(name) for name in SAFE if name.rpartition(".")[0] in sys.modules] + _numpy_dtypes()
+    try:
+        needed = list(names(path))
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    if foreign := sorted(set(needed) - SAFE):
+        raise CheckpointError(
+            "cannot read the checkpoint without running code of its own",
+            {"file": path, "found": f"objects of {', '.join(foreign)}", "expected": "tensors and plain data"},
+            "save it without these objects",
+        )
+    try:
+        return [(_object(name), name) for name in needed] + _numpy_dtypes()
+    except (ImportError, AttributeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _object(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _numpy_dtypes() -> list[Any]:
+    import numpy
+
+    return [type(numpy.dtype(code)) for code in "?bBhHiIlLqQefdFDUSMmO"]
+
+
+def _unreadable(path: str | Path, error: Exception) -> CheckpointError:
+    # torch's own advice, in front of what it found, is to run the file's code.
+    said = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())[:300]
+    return CheckpointError("cannot read the checkpoint", {"file": path, "error": said}, "give a file that torch.save wrote")
