@@ -1,10 +1,11 @@
-"""Train a model of the soft-seg port for a few steps in its own repo and save a checkpoint, and what the model makes of six images.
+"""Train models of the soft-seg port for a few steps in its own repo; save a checkpoint of each, and what it makes of six images.
 
-python port_trainer.py REPO KIND CONFIG.json OUT
+python port_trainer.py REPO FOLDER
 
-KIND is `film` (FlowModelVLMFiLM) or `direct` (FlowModel with use_vlm_film). The port's loader of its vision-language model is replaced from
-outside: a tiny Qwen2.5-VL, whose image processor alone is used. Nothing is written to the repo. OUT.ckpt is Lightning's own; OUT.pt holds
-inputs, features and outputs: with FiLM, without it, and with FiLM at the other kind's place.
+FOLDER/cases.json holds (kind, arguments of the model) by name; kind is `film` (FlowModelVLMFiLM) or `direct` (FlowModel with use_vlm_film).
+The port's loader of its vision-language model is replaced from outside, by a tiny Qwen2.5-VL and its image processor alone. Nothing is written
+to the repo. NAME.ckpt is Lightning's own; NAME.pt holds inputs, features and outputs: with FiLM, without it, and with FiLM at the other kind's
+place.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import json
 import os
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
-repo, kind, config_path, out = sys.argv[1], sys.argv[2], os.path.abspath(sys.argv[3]), os.path.abspath(sys.argv[4])
+repo, folder = sys.argv[1], os.path.abspath(sys.argv[2])
 sys.dont_write_bytecode = True
 sys.argv = [os.path.join(repo, "scripts", "train.py")]  # the repo finds its root from argv[0]
 sys.path.insert(0, repo)
@@ -35,6 +37,7 @@ if importlib.util.find_spec("torchvision") is None:
     package.utils = utils  # type: ignore[attr-defined]
     sys.modules |= {"torchvision": package, "torchvision.utils": utils}
 
+import src.losses  # noqa: E402 - registers them
 import src.registry  # noqa: E402, F401 - first: the repo imports itself in a circle
 from src.archs.components.diffusion_unet import MedSegDiffUNet  # noqa: E402
 from src.archs.components.diffusion_unet_vlm_film import MedSegDiffUNetVLMFiLM  # noqa: E402
@@ -44,23 +47,15 @@ from src.archs.flow_model_vlm_film import FlowModelVLMFiLM  # noqa: E402
 
 
 def load_tiny(self: Any) -> None:
-    """Stand for the port's loader: its image processor wants torchvision, and its model gigabytes."""
-    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+    """Stand for the port's loader: the processor that it asks for wants torchvision, and the model gigabytes."""
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
     if self._vlm_loaded:
         return
     images = Qwen2VLImageProcessorPil.from_pretrained(self.model_name)
-    tokenizer = AutoTokenizer.from_pretrained(self.model_name)
-
-    class Processor:
-        image_processor, tokenizer = images, None
-
-        def __call__(self, images: Any = None, return_tensors: str = "pt", **_: Any) -> Any:
-            return self.image_processor(images=images, return_tensors=return_tensors)
-
-    self.processor, self.tokenizer = Processor(), tokenizer
-    self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(self.model_name, dtype=torch.float32).eval().requires_grad_(False)
-    self.device, self._vlm_loaded = torch.device("cpu"), True
+    self._processor = lambda **given: dict(images(images=given["images"], return_tensors="pt"))
+    self._model = Qwen2_5_VLForConditionalGeneration.from_pretrained(self.model_name, dtype=torch.float32).eval().requires_grad_(False)
+    self._input_device, self._vlm_loaded = torch.device("cpu"), True
 
 
 QwenVLMTextGenerator._load_model = load_tiny
@@ -85,8 +80,7 @@ class AtBlock2(MedSegDiffUNet):  # type: ignore[misc]
         return super().forward(*args, **kwargs)
 
 
-def main() -> None:
-    settings = json.load(open(config_path))
+def train(kind: str, settings: dict[str, Any], out: str) -> None:
     torch.manual_seed(0)
     model = (FlowModelVLMFiLM if kind == "film" else FlowModel)(**settings)
     for head in model.vlm_film_heads:  # heads that have moved far, in few steps
@@ -116,4 +110,5 @@ def main() -> None:
     torch.save({"x": x, "time": time, "image": image, "features": seen["features"].float(), "plain": plain, "on": on, "other": other}, f"{out}.pt")
 
 
-main()
+for name, (kind, settings) in json.loads(Path(folder, "cases.json").read_text()).items():
+    train(kind, settings, os.path.join(folder, name))

@@ -43,7 +43,7 @@ if importlib.util.find_spec("torchvision") is None:
     utils.make_grid = None
     package.utils = utils
     sys.modules |= {"torchvision": package, "torchvision.utils": utils}
-import src.registry
+import src.registry, src.losses
 from src.archs.flow_model import FlowModel
 from vlmfilm_plugin.film.module import film_modules
 from vlmfilm_plugin.forward.context import in_force
@@ -62,7 +62,7 @@ for name in CASES:
 bare = {"state_dict": torch.load(f"{FOLDER}/film_null.ckpt", weights_only=False)["state_dict"], "pytorch-lightning_version": "2.0.0"}
 torch.save(bare, f"{FOLDER}/bare.ckpt")
 try:
-    FlowModel.load_from_checkpoint(f"{FOLDER}/bare.ckpt", weights_only=False)
+    FlowModel.load_from_checkpoint(f"{FOLDER}/bare.ckpt", weights_only=False, arch_name="medsegdiff_flow", image_size=32, dim=8, model_channels=8)
 except Exception as error:
     print("REFUSED", json.dumps([type(error).__name__, str(error)]))
 """
@@ -77,6 +77,7 @@ def status(repo: str | None) -> str:
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_qwen: Path) -> Path:
     """Return a folder with a checkpoint and reference outputs for each case, trained by the port in its own repo."""
     folder = tmp_path_factory.mktemp("port")
+    cases = {}
     for name, (kind, arch, stages, _) in CASES.items():
         film = {"model_name": str(tiny_qwen), "cond_dim": 16, "text_mlp_hidden_dim": 16, "cache_dir": str(folder / "cache"), "dtype": "float32"}
         film |= {"batch_strategy": "per_sample", "device_map": None, "pred_warmup_epochs": 0}
@@ -84,8 +85,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_qwen: Path) -> Path:
         sizes |= {"attn_resolutions": [], "dim": 8, "learning_rate": 0.003, "use_vlm_film": True, "vlm_film_config": film}
         sizes |= {"loss": {"name": "flow_matching", "params": {"scheme": "l2"}}} if "multitask" not in arch else {}
         settings = {"arch_name": arch, **sizes, **({"vlm_film_decoder_stages": stages} if kind == "film" else {})}
-        (folder / f"{name}.json").write_text(json.dumps(settings))
-        succeed(python(TRAINER, str(PORT), kind, folder / f"{name}.json", folder / name, cwd=folder, timeout=580, VLM_FILM_MODE=None))
+        cases[name] = kind, settings
+    (folder / "cases.json").write_text(json.dumps(cases))
+    succeed(python(TRAINER, str(PORT), folder, cwd=folder, timeout=580))
     return folder
 
 
