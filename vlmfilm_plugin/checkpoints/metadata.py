@@ -13,11 +13,12 @@ from torch import nn
 from vlmfilm_plugin.checkpoints.facts import GATE_SETTINGS, METADATA, TRAINED_STAGES
 from vlmfilm_plugin.checkpoints.optimizer_state import match_optimizer_states
 from vlmfilm_plugin.checkpoints.soft_seg_layout import from_port
-from vlmfilm_plugin.checkpoints.soft_seg_reading import PORT_ENCODER_SETTINGS, PORT_HEADS
+from vlmfilm_plugin.checkpoints.soft_seg_reading import LATER_ENCODER_SETTINGS, PORT_ENCODER_SETTINGS, PORT_HEADS
 from vlmfilm_plugin.film.module import FilmModule, film_modules
-from vlmfilm_plugin.settings.record import FIELDS, Settings
+from vlmfilm_plugin.settings.record import Settings
 
 _ENCODER_SETTINGS = ("encoder", "revision", "min_pixels", "max_pixels", "prompt_templates", "questionnaire", *PORT_ENCODER_SETTINGS)
+_ENCODER_SETTINGS += tuple(name for name in LATER_ENCODER_SETTINGS if name not in _ENCODER_SETTINGS)
 
 
 def write_metadata(model: nn.Module, settings: Settings, checkpoint: MutableMapping[str, Any]) -> None:
@@ -26,10 +27,12 @@ def write_metadata(model: nn.Module, settings: Settings, checkpoint: MutableMapp
     if not films:
         return
     architecture = films[0].architecture
-    gate = [name for name in GATE_SETTINGS if name in FIELDS and settings.is_explicit(name)]
+    # Plain values: a checkpoint is read without objects of ours.
+    values = settings.as_dict()
+    gate = [name for name in GATE_SETTINGS if settings.is_explicit(name)]
     checkpoint[METADATA] = {
         "architecture": architecture.as_dict(),
-        "settings": {name: getattr(settings, name) for name in (*_ENCODER_SETTINGS, *gate)},
+        "settings": {name: values[name] for name in (*_ENCODER_SETTINGS, *gate) if name in values},
         "mode": films[0].mode,
     }
     checkpoint[TRAINED_STAGES] = [stage.index for stage in architecture.stages]

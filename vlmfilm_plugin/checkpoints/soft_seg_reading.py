@@ -21,7 +21,7 @@ PORT_HEADS, PORT_CONDITIONER = "vlm_film_heads.", "vlm_film_conditioner."
 # Settings that say which features a checkpoint was trained on, under the port's names.
 PORT_ENCODER_SETTINGS = ("model_name", "use_text_prompt_cond", "prompt_template", "max_new_tokens", "pool")
 # Those that only some of its versions have, and that count here where the record of settings knows them.
-_LATER_ENCODER_SETTINGS = (
+LATER_ENCODER_SETTINGS = (
     "prompt_templates",
     "use_logits_feature_cond",
     "logits_feature_mode",
@@ -113,7 +113,7 @@ def port_facts(checkpoint: Mapping[str, Any], state: Mapping[str, Any], path: st
     architecture = as_settings(described)
     if len(readings) == 1:
         architecture |= {"decoder_stages": list(readings[0].stages), "apply_point": readings[0].apply_point}
-    names = [*PORT_ENCODER_SETTINGS, *(name for name in _LATER_ENCODER_SETTINGS if name in FIELDS)]
+    names = [*PORT_ENCODER_SETTINGS, *(name for name in LATER_ENCODER_SETTINGS if name in FIELDS)]
     encoder = {name: config[name] for name in names if config.get(name) is not None}
     return CheckpointFacts(path, encoder, architecture, _gate(hyperparameters), [] if len(readings) == 1 else [str(item) for item in readings])
 
