@@ -10,7 +10,6 @@ import torch
 from small_unet import randomise
 from torch import Tensor, nn
 
-from vlmfilm_plugin.checkpoints import facts as checkpoint_facts
 from vlmfilm_plugin.checkpoints.facts import resolve_with
 from vlmfilm_plugin.checkpoints.metadata import adapt, write_metadata
 from vlmfilm_plugin.checkpoints.peek import facts_of, peek
@@ -21,6 +20,7 @@ from vlmfilm_plugin.forward.attach import install
 from vlmfilm_plugin.forward.context import in_force
 from vlmfilm_plugin.forward.given_features import GivenFeatures
 from vlmfilm_plugin.settings.layers import Layer
+from vlmfilm_plugin.settings.record import FIELDS
 
 FEATURES, COND, HIDDEN = 5, 4, 6
 BASE, FACTORS = 3, (1, 2, 2)
@@ -281,10 +281,18 @@ def test_our_export_to_the_ports_layout_says_where_its_heads_act(capsys: pytest.
     assert "act post_block1 at stages [1, 2]" in capsys.readouterr().out
 
 
-def test_junction_gating_of_the_hyperparameters_is_a_default_where_the_record_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    block = {"enabled": True, "radius_px": 3}
+def test_junction_gating_of_the_hyperparameters_is_a_default_where_the_record_knows_it_and_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    block = {"enabled": True, "source": "pred", "radius_px": 3, "warmup_epochs": 0}
     checkpoint = PortModel(FILM_MODEL, None).checkpoint(junction_gating_config=block)
     facts = facts_of(checkpoint, "c")
     assert facts is not None
-    is_known = "junction_gating_config" in checkpoint_facts.FIELDS
+    is_known = "junction_gating_config" in FIELDS
     assert facts.gate == ({"junction_gating_config": block} if is_known else {})
+    loaded(checkpoint)
+    assert ("in force as the setting" if is_known else "not in force") in capsys.readouterr().out
+    if is_known:
+        settings = resolve_with(facts, [])
+        assert settings.is_explicit("junction_gating_config") and settings.as_dict()["junction_gating_config"]["radius_px"] == 3
+        assert resolve_with(facts, [("argument", {"junction_gating_config": None})]).as_dict()["junction_gating_config"] is None
+    loaded(PortModel(FILM_MODEL, None).checkpoint())
+    assert "junction" not in capsys.readouterr().out

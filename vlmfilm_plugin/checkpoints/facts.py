@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmfilm_plugin.errors import CheckpointError
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.settings.layers import Layer, resolve
+from vlmfilm_plugin.settings.mode import PREFIX
 from vlmfilm_plugin.settings.record import ALIASES, FIELDS, Settings
 
 METADATA = "vlm_film"
@@ -71,7 +72,7 @@ def resolve_with(facts: CheckpointFacts | None, given: Sequence[Layer], base_dir
     weakest: list[Layer] = [(facts.origin, facts.encoder), (facts.origin, facts.gate), *given]
     settings = resolve([*weakest, (facts.origin, facts.architecture)], base_dir)
     require_reading(facts.path, facts.readings, settings)
-    asked = resolve(weakest, base_dir)
+    asked = resolve([_only(layer, facts.architecture) for layer in weakest], base_dir)
     lost = [name for name in facts.architecture if asked.is_explicit(name) and getattr(asked, name) != getattr(settings, name)]
     for name in lost:
         film_logger().warning(
@@ -83,6 +84,12 @@ def resolve_with(facts: CheckpointFacts | None, given: Sequence[Layer], base_dir
             _written(getattr(settings, name)),
         )
     return settings
+
+
+def _only(layer: Layer, names: Container[str]) -> Layer:
+    origin, values = layer
+    plain = {raw: str(raw).removeprefix(PREFIX).lower() for raw in values}
+    return origin, {raw: values[raw] for raw, name in plain.items() if ALIASES.get(name, name) in names}
 
 
 def require_reading(path: str, readings: Sequence[str], settings: Settings) -> None:

@@ -17,8 +17,9 @@ from vlmfilm_plugin.checkpoints.soft_seg_reading import LATER_ENCODER_SETTINGS, 
 from vlmfilm_plugin.film.module import FilmModule, film_modules
 from vlmfilm_plugin.settings.record import Settings
 
-_ENCODER_SETTINGS = ("encoder", "revision", "min_pixels", "max_pixels", "prompt_templates", "questionnaire", *PORT_ENCODER_SETTINGS)
-_ENCODER_SETTINGS += tuple(name for name in LATER_ENCODER_SETTINGS if name not in _ENCODER_SETTINGS)
+_ENCODER_SETTINGS = dict.fromkeys(
+    ["encoder", "revision", "min_pixels", "max_pixels", "prompt_templates", "questionnaire", *PORT_ENCODER_SETTINGS, *LATER_ENCODER_SETTINGS]
+)
 
 
 def write_metadata(model: nn.Module, settings: Settings, checkpoint: MutableMapping[str, Any]) -> None:

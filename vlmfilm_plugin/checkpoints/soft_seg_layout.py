@@ -6,12 +6,12 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from vlmfilm_plugin.checkpoints.facts import require_reading
-from vlmfilm_plugin.checkpoints.soft_seg_reading import PORT_CONDITIONER, PORT_HEADS, Reading, readings_of
+from vlmfilm_plugin.checkpoints.soft_seg_reading import GATING, PORT_CONDITIONER, PORT_HEADS, Reading, readings_of
 from vlmfilm_plugin.errors import CheckpointError
 from vlmfilm_plugin.film.architecture import read_extra_state
 from vlmfilm_plugin.film.module import MARKER, FilmModule
 from vlmfilm_plugin.log import film_logger
-from vlmfilm_plugin.settings.record import Settings
+from vlmfilm_plugin.settings.record import FIELDS, Settings
 
 
 def from_port(checkpoint: Mapping[str, Any], films: list[tuple[str, FilmModule]], settings: Settings) -> dict[str, str]:
@@ -58,7 +58,21 @@ def from_port(checkpoint: Mapping[str, Any], films: list[tuple[str, FilmModule]]
         [stage.index for stage in architecture.stages],
         f"; not used here: {', '.join(unused)}" if unused else "",
     )
+    _say_gating(checkpoint)
     return renamed
+
+
+def _say_gating(checkpoint: Mapping[str, Any]) -> None:
+    gating = (checkpoint.get("hyper_parameters") or {}).get(GATING)
+    if not isinstance(gating, Mapping) or not gating.get("enabled"):
+        return
+    film_logger().warning(
+        "[VLM] its hyperparameters gate FiLM at vessel junctions: %s",
+        f"in force as the setting `{GATING}`, unless the run sets that (the port's first version wrote these and did not apply them: for a "
+        "checkpoint of that version set it to null)"
+        if GATING in FIELDS
+        else "not in force, this version does not know them",
+    )
 
 
 def _require_place(film: FilmModule, readings: list[Reading]) -> None:

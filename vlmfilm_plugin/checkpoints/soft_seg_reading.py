@@ -31,8 +31,8 @@ LATER_ENCODER_SETTINGS = (
     "logits_include_unknown",
     "input_mode",
 )
-_GATING = "junction_gating_config"
-_FILM_ARGUMENTS = ("vlm_film_decoder_stages", _GATING)
+GATING = "junction_gating_config"
+_FILM_ARGUMENTS = ("vlm_film_decoder_stages", GATING)
 _DEFAULT_STAGES = (0, 1)
 
 
@@ -119,8 +119,8 @@ def port_facts(checkpoint: Mapping[str, Any], state: Mapping[str, Any], path: st
 
 
 def _gate(hyperparameters: Mapping[str, Any]) -> Mapping[str, object]:
-    gating = hyperparameters.get(_GATING)
-    return {_GATING: dict(gating)} if isinstance(gating, Mapping) and _GATING in FIELDS else {}
+    gating = hyperparameters.get(GATING)
+    return {GATING: dict(gating)} if isinstance(gating, Mapping) and GATING in FIELDS else {}
 
 
 def _stages(asked: Any, path: str) -> tuple[int, ...]:
