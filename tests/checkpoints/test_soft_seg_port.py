@@ -17,8 +17,6 @@ from vlmfilm_plugin.checkpoints.soft_seg_layout import to_port_layout
 from vlmfilm_plugin.errors import CheckpointError
 from vlmfilm_plugin.film.layers import AdaptiveFiLMHead, ImageToConditionVector
 from vlmfilm_plugin.forward.attach import install
-from vlmfilm_plugin.forward.context import in_force
-from vlmfilm_plugin.forward.given_features import GivenFeatures
 from vlmfilm_plugin.settings.layers import Layer
 from vlmfilm_plugin.settings.record import FIELDS
 
@@ -108,10 +106,10 @@ class Host(nn.Module):
         torch.manual_seed(seed)
         self.unet = SkipUNet()
         self.settings = resolve_with(facts, given)
-        install(self.unet, self.settings, "on", feature_dim=FEATURES)
+        self.handle = install(self.unet, self.settings, "on", feature_dim=FEATURES)
 
     def forward(self, x: Tensor, time: Tensor, cond: Tensor, features: Tensor) -> Tensor:
-        with in_force(GivenFeatures(self.unet.vlm_film.film_id, features)):
+        with self.handle.condition(features=features):
             return self.unet(x, time, cond)
 
 

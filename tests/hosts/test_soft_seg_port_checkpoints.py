@@ -46,12 +46,13 @@ if importlib.util.find_spec("torchvision") is None:
 import src.registry, src.losses
 from src.archs.flow_model import FlowModel
 from vlmfilm_plugin.film.module import film_modules
-from vlmfilm_plugin.forward.context import in_force
-from vlmfilm_plugin.forward.given_features import GivenFeatures
+from vlmfilm_plugin.forward.handle import FilmHandle
+from vlmfilm_plugin.settings.layers import resolve
 for name in CASES:
     model = FlowModel.load_from_checkpoint(f"{FOLDER}/{name}.ckpt", map_location="cpu", weights_only=False, strict=True).eval()
     film, saved = film_modules(model)[0], torch.load(f"{FOLDER}/{name}.pt")
-    with torch.no_grad(), in_force(GivenFeatures(film.film_id, saved["features"])):
+    handle = FilmHandle(model.unet.base_unet, film, resolve([]), [])
+    with torch.no_grad(), handle.condition(features=saved["features"]):
         y = model.unet(saved["x"], saved["time"], saved["image"])
     far = {place: float((saved[place] - saved["on"]).abs().max()) for place in ("plain", "other")}
     found = {"point": film.architecture.apply_point, "stages": [stage.index for stage in film.architecture.stages]}
