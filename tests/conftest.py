@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports the hub's client, which reads it once.
@@ -23,3 +24,16 @@ def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_qwen import build
 
     return build(tmp_path_factory.mktemp("tiny_qwen"))
+
+
+@pytest.fixture(autouse=True)
+def _no_condition_is_left_in_force() -> Iterator[None]:
+    """Check that a test starts with no condition in force and no forward open, and leaves none."""
+    from vlmfilm_plugin.forward.context import stacks
+
+    assert (stacks.conditions, stacks.contexts) == ([], [])
+    yield
+    left = len(stacks.conditions), len(stacks.contexts)
+    # The next test must not fail for this one.
+    stacks.conditions, stacks.contexts = [], []
+    assert left == (0, 0), "conditions and contexts that a forward left behind"

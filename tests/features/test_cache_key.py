@@ -1,4 +1,4 @@
-"""Cache keys: the exact order of sources, odd batches, and fingerprints that know neither position nor luck."""
+"""Cache keys: the exact order of sources, odd batches, and content hashes that know neither position nor luck."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_single_colon_does_not_cut() -> None:
 
 def test_a_plain_name_is_shared_but_a_plain_path_does_not_count() -> None:
     assert cache_keys({"name": "all"}, 3).keys == ("unknown:all",) * 3
-    assert cache_keys({"path": "all.png", "image": IMAGE[:1]}, 1).source == "fingerprint"
+    assert cache_keys({"path": "all.png", "image": IMAGE[:1]}, 1).source == "content"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_source_that_does_not_name_every_row_does_not_count(names: object) -> 
 
 def test_rows_of_a_patch_batch_are_not_named_by_their_images() -> None:
     found = cache_keys({"name": ["a", "b"], "image": torch.rand(8, 1, 4, 4)}, 8)
-    assert found.source == "fingerprint" and len(set(found.keys)) == 8
+    assert found.source == "content" and len(set(found.keys)) == 8
 
 
 @pytest.mark.parametrize(
@@ -131,12 +131,12 @@ def test_lists_tuples_arrays_and_tensors_count(values: object) -> None:
 
 @pytest.mark.parametrize("values", [torch.tensor([[7], [8]]), np.array(7), torch.tensor(7)])
 def test_arrays_of_another_rank_do_not_count(values: object) -> None:
-    assert cache_keys({"index": values, "image": IMAGE}, 2).source == "fingerprint"
+    assert cache_keys({"index": values, "image": IMAGE}, 2).source == "content"
 
 
 def test_metadata_as_a_list_with_one_mapping_a_row() -> None:
     assert cache_keys({"image_meta_dict": [{"path": "a"}, {"path": "b"}]}, 2).keys == ("unknown:a", "unknown:b")
-    assert cache_keys({"image_meta_dict": [{"path": "a"}, {}], "image": IMAGE}, 2).source == "fingerprint"
+    assert cache_keys({"image_meta_dict": [{"path": "a"}, {}], "image": IMAGE}, 2).source == "content"
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_the_same_image_has_the_same_key_at_any_position_and_in_any_batch() -> N
     assert first[0].startswith("train:fp-") and len(first[0]) == len("train:fp-") + 32
 
 
-def test_one_pixel_anywhere_changes_the_fingerprint_however_black_the_border() -> None:
+def test_one_pixel_anywhere_changes_the_content_hash_however_black_the_border() -> None:
     rows = torch.zeros(65, 1, 64, 64)
     for row in range(64):
         rows[row, 0, row, (row * 37) % 64] = 1e-6
@@ -202,12 +202,12 @@ def test_shape_and_dtype_are_part_of_the_content() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.bool])
-def test_any_dtype_has_a_fingerprint(dtype: torch.dtype) -> None:
+def test_any_dtype_has_a_content_hash(dtype: torch.dtype) -> None:
     image = (torch.rand(2, 1, 4, 4) * 2).to(dtype)
     assert len(content_keys(image, "s")) == 2
 
 
-def test_layout_grad_numpy_and_subclass_do_not_change_the_fingerprint() -> None:
+def test_layout_grad_numpy_and_subclass_do_not_change_the_content_hash() -> None:
     image = torch.rand(2, 3, 8, 8)
     expected = content_keys(image, "s")
     assert content_keys(image.clone().requires_grad_(), "s") == expected
@@ -219,7 +219,7 @@ def test_layout_grad_numpy_and_subclass_do_not_change_the_fingerprint() -> None:
         assert content_keys(image.clone(), "s") == expected
 
 
-def test_meta_tensor_of_monai_names_and_fingerprints() -> None:
+def test_meta_tensor_of_monai_names_and_content() -> None:
     data = pytest.importorskip("monai.data")
     image = data.MetaTensor(IMAGE.clone(), meta={"filename_or_obj": ["a", "b"]})
     assert cache_keys({"image": image}, 2).keys == ("unknown:a", "unknown:b")
@@ -260,7 +260,7 @@ def test_no_name_and_no_image_is_a_clear_error(image: object) -> None:
 
 @pytest.mark.parametrize("batch", [None, 5, "text", [1, 2], (IMAGE, IMAGE), torch.rand(2), object()])
 def test_a_batch_that_is_no_mapping_falls_back_to_the_image(batch: object) -> None:
-    assert cache_keys(batch, 2, image=IMAGE).source == "fingerprint"
+    assert cache_keys(batch, 2, image=IMAGE).source == "content"
     assert source_paths(batch, 2) == [None, None]
 
 
@@ -270,7 +270,7 @@ class _Hostile(dict[str, Any]):
 
 
 def test_a_mapping_that_raises_names_nothing() -> None:
-    assert cache_keys(_Hostile(name=["a", "b"]), 2, image=IMAGE).source == "fingerprint"
+    assert cache_keys(_Hostile(name=["a", "b"]), 2, image=IMAGE).source == "content"
     assert split_of(_Hostile(split="a"), 1) == ["unknown"] and source_paths(_Hostile(), 1) == [None]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +36,10 @@ SMALL = {"cond_dim": 4, "text_mlp_hidden_dim": 6}
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("VLM_FILM_MODE", "VLM_FILM_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
-    yield
-    conditioning.stacks.contexts, conditioning.stacks.conditions = [], []
 
 
 def build(

@@ -33,7 +33,6 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("VLM_FILM_MODE", raising=False)
     torch.manual_seed(0)
     yield
-    conditioning.stacks.contexts, conditioning.stacks.conditions = [], []
     for name in [name for name in sys.modules if name.startswith("third_party_")]:
         del sys.modules[name]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from vlmfilm_plugin.features.shuffle import permutation_hash
 from vlmfilm_plugin.film.statistics import statistics
-from vlmfilm_plugin.forward import context as conditioning
 from vlmfilm_plugin.host_spec import UNet
 from vlmfilm_plugin.run.log_lines import Diagnostics, StepFacts
 from vlmfilm_plugin.run.runtime import Runtime
@@ -63,12 +61,6 @@ FIELDS = [
     "film_stage_idx",
 ]
 SPEC = UNet(cls=SmallUNet, targets={"post_block2": "ups.*.1", "post_block1": "ups.*.0"})
-
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    yield
-    conditioning.stacks.contexts, conditioning.stacks.conditions = [], []
 
 
 class Owner:

@@ -326,3 +326,18 @@ def test_only_settings_errors_escape_whatever_the_mode_is(value: str) -> None:
         assert read_mode({"VLM_FILM_MODE": value}) in MODES
     except SettingsError:
         assert value not in MODES
+
+
+def test_a_relative_model_folder_is_that_of_the_start_up_folder_and_a_hub_name_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "start" / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    for name, expected in (
+        ("models/tiny", str(tmp_path / "start" / "models" / "tiny")),
+        ("./models/tiny", str(tmp_path / "start" / "models" / "tiny")),
+        (str(tmp_path / "start" / "models" / "tiny"), str(tmp_path / "start" / "models" / "tiny")),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"),
+        ("models/absent", "models/absent"),
+    ):
+        assert resolve([("argument", {"model_name": name})], tmp_path / "start").model_name == expected
+    assert resolve([], tmp_path / "start").model_name == "Qwen/Qwen2.5-VL-3B-Instruct"

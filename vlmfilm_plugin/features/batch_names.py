@@ -173,7 +173,8 @@ def _find_paths(
     tensor = f"{_TENSOR_META}['filename_or_obj']"
     order = [place for place, source in enumerate(sources) if source.label == tensor]
     order += [place for place, source in enumerate(sources) if source.field in _PATH_FIELDS]
-    order += [place for place, source in enumerate(sources) if source.field == NAME]
+    if dataset_root is not None:  # a name is no path of its own
+        order += [place for place, source in enumerate(sources) if source.field == NAME]
     found: list[Path | None] = [None] * rows
     for place in order:
         source = sources[place]

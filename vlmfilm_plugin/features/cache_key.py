@@ -15,7 +15,6 @@ from typing import Any
 from vlmfilm_plugin.features.batch_names import RowNames, crops_of, cut_name, get_field
 from vlmfilm_plugin.features.content_hash import content_hashes, row_count
 
-FINGERPRINT = "fingerprint"
 FILE = "file"
 CONTENT = "content"
 
@@ -24,7 +23,7 @@ CONTENT = "content"
 class CacheKeys:
     """The cache keys of a batch, `keys[i]` of row i, and where they came from.
 
-    `source` is the expression that gave them, such as `batch['name']`, or `fingerprint`, `file` or `content`.
+    `source` is the expression that gave them, such as `batch['name']`, or `file`, or `content`.
     """
 
     keys: tuple[str, ...]
@@ -50,7 +49,7 @@ def cache_keys(batch: object, rows: int, *, dataset_root: str | os.PathLike[str]
     if found.names is not None:
         return CacheKeys(tuple(_named(found, dataset_root)), found.source)
     content = image if image is not None else get_field(batch, "image")
-    return CacheKeys(_with_splits(found.splits, content_hashes(content, crops_of(batch, rows))), FINGERPRINT)
+    return CacheKeys(_with_splits(found.splits, content_hashes(content, crops_of(batch, rows))), CONTENT)
 
 
 def sample_keys(found: RowNames, image: Any, dataset_root: str | os.PathLike[str] | None = None) -> CacheKeys:

@@ -36,8 +36,8 @@ _logger = logging.getLogger("vlmfilm.features")
 
 _MEMORY_ITEMS = 16384
 
-# Key and file of an image.
-ImageId = tuple[str, Path | None]
+# Key and file of an image; as text, since paths are hashed slowly.
+ImageId = tuple[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Sample:
     @property
     def image(self) -> ImageId:
         """Return what tells this image from others: files of one key are different images."""
-        return self.key, self.path
+        return self.key, None if self.path is None else str(self.path)
 
 
 @dataclass
@@ -147,7 +147,7 @@ class FeatureProvider:
     def get(self, samples: Sequence[Sample]) -> Tensor:
         """Return the features (N, F) of samples, row i of sample i: float32, CPU."""
         with self._lock:
-            images = [(sample.key, sample.path) for sample in samples]
+            images = [(sample.key, None if sample.path is None else str(sample.path)) for sample in samples]
             wanted = dict(zip(images, samples, strict=True))
             found = self._from_memory(wanted)
             in_memory, missed = set(found), set()
@@ -198,9 +198,9 @@ class FeatureProvider:
 
     def _from_memory(self, wanted: Mapping[ImageId, Sample]) -> dict[ImageId, StoredFeature]:
         found = {}
-        for image, sample in wanted.items():
+        for image in wanted:
             stored = self._memory.get(image)
-            if stored is not None and (current := _current((stored,), sample)) is not None:
+            if stored is not None and (current := _current((stored,), image[1])) is not None:
                 found[image] = current
         self._remember(found)
         return found
@@ -219,11 +219,11 @@ class FeatureProvider:
         elsewhere: dict[ImageId, int] = {}
         for image, sample in wanted.items():
             rows = by_key.get(sample.key, [])
-            current = _current(rows, sample)
+            current = _current(rows, image[1])
             if current is not None and self._fits(current):
                 found[image] = current
-            elif current is None and sample.path is not None and os.path.isfile(sample.path):
-                elsewhere[image] = os.path.getsize(sample.path)
+            elif current is None and sample.path is not None and sample.path.is_file():
+                elsewhere[image] = sample.path.stat().st_size
                 if rows:
                     _logger.info("the file behind %s is not the one that a feature of this key was made from: %s", sample.key, sample.path)
         if elsewhere:
@@ -311,18 +311,18 @@ def stack(rows: Sequence[StoredFeature]) -> Tensor:
     return torch.from_numpy(np.stack([row.feature for row in rows])).float()
 
 
-def _current(rows: Sequence[StoredFeature], sample: Sample) -> StoredFeature | None:
-    """Return the row that was made from the very file that the sample names (by place, size and time, else by content), or None."""
+def _current(rows: Sequence[StoredFeature], path: str | None) -> StoredFeature | None:
+    """Return the row that was made from the very file at `path` (by place, size and time, else by content), or None; where None, from no file."""
     if not rows:
         return None
-    if sample.path is None:
+    if path is None:
         return next((row for row in reversed(rows) if row.stamp is None), None)
     try:
-        status = os.stat(sample.path)
+        status = os.stat(path)
     except OSError:
-        SourceStamp.of(sample.path)  # raises with the path and a fix
+        SourceStamp.of(path)  # raises with the path and a fix
         raise
-    place = place_of(sample.path)
+    place = place_of(path)
     candidates: list[tuple[StoredFeature, str]] = []
     for row in rows[::-1]:
         stamp = row.stamp
@@ -333,7 +333,7 @@ def _current(rows: Sequence[StoredFeature], sample: Sample) -> StoredFeature | N
         candidates.append((row, stamp.digest))
     if not candidates:
         return None
-    now = SourceStamp.of(sample.path)
+    now = SourceStamp.of(path)
     # A copied data set: same bytes, other time or place. Remember the new ones, or every step would read the file again.
     same = [row for row, digest in candidates if digest == now.digest]
     return same[0]._replace(stamp=now) if same else None

@@ -67,7 +67,7 @@ class FilmStates:
         return self._states[film]
 
     def _provider(self, settings: Settings, fingerprint: str | None) -> tuple[FeatureProvider, ShuffleDonors]:
-        key = (fingerprint, settings.cache_dir, settings.embedding_dtype, settings.on_missing_feature, settings.dataset_root)
+        key = (fingerprint, settings.store, settings.cache_dir, settings.embedding_dtype, settings.on_missing_feature, settings.dataset_root)
         if key not in self._providers:
             provider = FeatureProvider.from_settings(settings)
             found = provider.encoder.identity.fingerprint

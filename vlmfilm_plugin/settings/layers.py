@@ -46,6 +46,10 @@ def resolve(layers: Iterable[Layer], base_dir: str | Path | None = None) -> Sett
         # A questionnaire is a path only where it says so; otherwise it names a shipped one.
         if value is not None and (name != "questionnaire" or str(value).endswith((".yaml", ".yml"))):
             values[name] = str(root / _expand(str(value), name, origins.get(name, "default")))
+    model = values.get("model_name")
+    # A hub name stays one: only a folder that is there is a path, and the host may change its working directory.
+    if model is not None and (folder := root / _expand(str(model), "model_name", origins["model_name"])).is_dir():
+        values["model_name"] = str(folder)
     return Settings(**values, origins=origins)  # type: ignore[arg-type]
 
 
