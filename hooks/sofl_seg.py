@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from vlmfilm_plugin.errors import HostError, SettingsError
-from vlmfilm_plugin.host_spec import Config, HostSpec, ImageFiles, Listing, Model, RowView, SourceImage, Steps, UNet, hookimpl
+from vlmfilm_plugin.host_spec import Config, HostSpec, ImageFiles, Listing, Model, RowView, SourceImage, Steps, UNet, hookimpl, rows_seen_before
 
 NAME = "sofl-seg"
 # Images are scaled to [-1, 1] by the host's data sets.
@@ -146,8 +146,14 @@ def read_resume(arguments: Mapping[str, Any]) -> str | None:
 
 
 def rows_of(view: RowView) -> Sequence[int] | None:
-    """Map UNet rows to samples: patches repeat each sample in a row (training); windows are all of the one image (evaluation)."""
+    """Map UNet rows to samples: patches repeat each sample in a row (training); windows are all of the one image (evaluation).
+
+    Discrete flow matching calls the UNet again, in a fifth of the steps, on two of the rows drawn at random.
+    """
     if view.phase == "train":
+        is_again, samples = rows_seen_before(view)
+        if is_again:
+            return samples
         repeats, rest = divmod(view.rows, view.samples)
         return None if rest or not repeats else [row // repeats for row in range(view.rows)]
     if view.samples == 1:

@@ -32,6 +32,7 @@ class RowView:
         rows: R, the number of rows the UNet was called with.
         image: the batch's image tensor (B, C, H, W).
         condition: the condition image the UNet was called with (R, C, h, w), or None where it has none.
+        known: the condition image of the first forward of this batch, and the sample of each of its rows; None in that forward.
     """
 
     phase: str
@@ -39,6 +40,7 @@ class RowView:
     rows: int
     image: Any
     condition: Any
+    known: tuple[Any, Sequence[int]] | None = None
 
 
 # (B samples, R rows) -> the sample of each row, or None where that cannot be known: then the run stops with an error.
@@ -50,6 +52,21 @@ def same_rows(view: RowView) -> Sequence[int] | None:
     if view.rows == view.samples:
         return range(view.rows)
     return [0] * view.rows if view.samples == 1 else None
+
+
+def rows_seen_before(view: RowView) -> tuple[bool, Sequence[int] | None]:
+    """Find each row's condition image among those of the batch's first forward: a host may call its UNet again on some rows, permuted.
+
+    Returns:
+        Whether any row was among them; and the sample of each, or None where a row was not, or is that of two samples alike.
+    """
+    if view.known is None or view.condition is None or view.known[0].shape[1:] != view.condition.shape[1:]:
+        return False, None
+    condition, samples = view.known
+    if view.condition is condition:
+        return True, samples
+    found = [{samples[place] for place, same in enumerate((condition == row).flatten(1).all(1).tolist()) if same} for row in view.condition]
+    return any(found), [next(iter(each)) for each in found] if all(len(each) == 1 for each in found) else None
 
 
 def first_argument(arguments: Mapping[str, Any]) -> Any:

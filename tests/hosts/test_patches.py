@@ -522,6 +522,36 @@ def test_whole_images_of_an_evaluation_batch_are_told_apart_by_content_alone() -
     assert sofl_seg.rows_of(view("val", 2, 2, image=image, condition=image[:, :, :2, :2])) is None
 
 
+def test_rows_that_a_step_runs_again_are_found_by_content_and_never_by_their_number() -> None:
+    patches = torch.rand(6, 1, 4, 4)
+    first = patches, [0, 0, 1, 1, 2, 2]
+
+    def again(rows: list[int], samples: int = 3) -> list[int] | None:
+        return listed(sofl_seg.rows_of(RowView("train", samples, len(rows), torch.rand(samples, 1, 8, 8), patches[rows], first)))
+
+    assert again([5, 1]) == [2, 0]
+    # As many rows as samples, drawn at random: by their number they would get each other's feature.
+    assert again([4, 2, 0]) == [2, 1, 0]
+    same = patches.clone()
+    same[5] = same[0]
+    assert sofl_seg.rows_of(RowView("train", 3, 2, None, same[[5, 1]], (same, first[1]))) is None
+    assert sofl_seg.rows_of(RowView("train", 3, 2, None, torch.stack([patches[0], torch.rand(1, 4, 4)]), first)) is None
+    assert listed(sofl_seg.rows_of(RowView("train", 3, 3, None, torch.rand(3, 1, 4, 4), first))) == [0, 1, 2]
+
+
+def test_a_step_that_runs_some_rows_again_conditions_them_on_their_own_images(tmp_path: Path) -> None:
+    host, run = patched(tmp_path)
+    model = host.Model()
+    indices: list[Any] = []
+    model.net.register_forward_hook(lambda *_: indices.append(conditioning.stacks.contexts[-1].index), prepend=True)
+    given = batch()
+    image = given["image"].repeat_interleave(2, dim=0)
+    with run.batch(given, phase="train", value_range=(0.0, 1.0), rows=sofl_seg.rows_of):
+        for rows in (image, image[[5, 0, 3]], image[[5, 0]], image[[1, 2]], image):
+            model.net(torch.randn_like(rows), torch.rand(len(rows)), rows)
+    assert [index.tolist() for index in indices] == [[0, 0, 1, 1, 2, 2], [2, 0, 1], [2, 0], [0, 1], [0, 0, 1, 1, 2, 2]]
+
+
 def test_same_rows_maps_equal_numbers_and_one_sample_and_nothing_else() -> None:
     assert listed(same_rows(view("train", 3, 3))) == [0, 1, 2]
     assert listed(same_rows(view("val", 1, 4))) == [0] * 4

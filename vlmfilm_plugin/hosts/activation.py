@@ -24,7 +24,7 @@ from vlmfilm_plugin.settings.mode import MODE_VARIABLE, read_mode, refuse_change
 if TYPE_CHECKING:
     from vlmfilm_plugin.hosts.registry import AdapterRegistry
     from vlmfilm_plugin.run.runtime import Runtime
-from vlmfilm_plugin.hosts.import_watch import ReloadFinder, is_initialising, when_ready
+from vlmfilm_plugin.hosts.import_watch import is_initialising, when_ready, when_reloaded
 
 
 class Activation:
@@ -63,7 +63,7 @@ class Activation:
                 self.late.add(name)
         for name, entries in adapters.items():
             when_ready(name, partial(self.host_imported, entries))
-        sys.meta_path.insert(0, ReloadFinder({name: partial(self.host_imported, entries) for name, entries in adapters.items()}))
+        when_reloaded({name: partial(self.host_imported, entries) for name, entries in adapters.items()})
         self._is_watching = True
 
     @property
@@ -119,8 +119,12 @@ class Activation:
         if module.__name__ not in self.late:
             return
         # By type: `isinstance` would ask every proxy in the process for its class.
-        classes = tuple(unet.cls for unet in spec.unets)
-        built = [type(item).__name__ for item in gc.get_objects() if issubclass(type(item), classes)] if classes else []
+        built = [
+            type(item).__name__
+            for item in gc.get_objects()
+            for unet in spec.unets
+            if issubclass(type(item), unet.cls) and not (unet.own_film and unet.own_film(item))
+        ]
         if built:
             from vlmfilm_plugin.errors import HostError
 

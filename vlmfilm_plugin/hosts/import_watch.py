@@ -30,6 +30,18 @@ def when_done(module: ModuleType, callback: Callable[[ModuleType], None]) -> Non
         callback(module)
 
 
+def when_reloaded(callbacks: Mapping[str, Callable[[ModuleType], None]]) -> Callable[[], None]:
+    """Call back when one of these modules has been executed again by `importlib.reload`; return the undo."""
+    finder = ReloadFinder(callbacks)
+    sys.meta_path.insert(0, finder)
+
+    def undo() -> None:
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)
+
+    return undo
+
+
 class ReloadFinder(MetaPathFinder):
     """Call back when a watched module has been executed again by `importlib.reload`: its classes are new and not patched yet.
 

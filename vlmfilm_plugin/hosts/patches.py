@@ -1,4 +1,4 @@
-"""Patch what host adapters describe, with wrapt: in place, once, signatures kept. The only file that wraps a host's functions."""
+"""Patch what host adapters describe, with wrapt: in place, once, signatures kept. With `wrapping`, all that touches a host's functions."""
 
 from __future__ import annotations
 

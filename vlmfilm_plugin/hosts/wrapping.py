@@ -59,14 +59,14 @@ class _Running(threading.local):
         self.depth: dict[int, int] = {}
 
 
-def when_built(cls: Any, built: Callable[[Any], None], around: Around | None = None) -> Undo:
+def when_built(cls: Any, built: Callable[[Any], None], around: Around = lambda *_: nullcontext()) -> Undo:
     """Call `built(instance)` when the outermost `__init__` of an instance returns: a subclass's, where it goes on after `super()`'s.
 
     `__init__` of subclasses is wrapped as they are defined. One that is set on a subclass afterwards (`@dataclass`) is not seen: then
     `built` is called too early, and whoever relies on it checks at the first use.
 
     Args:
-        around: entered around each `__init__` on the way, with (wrapped, instance, args, kwargs).
+        around: entered around the `__init__` of `cls` itself, with (wrapped, instance, args, kwargs).
     """
     running = _Running()
     undos: list[Undo] = []
@@ -75,8 +75,7 @@ def when_built(cls: Any, built: Callable[[Any], None], around: Around | None = N
         key = id(instance)
         running.depth[key] = running.depth.get(key, 0) + 1
         try:
-            with around(wrapped, instance, args, kwargs) if around else nullcontext():
-                wrapped(*args, **kwargs)
+            wrapped(*args, **kwargs)
         finally:
             running.depth[key] -= 1
             is_outermost = not running.depth[key]
@@ -101,7 +100,14 @@ def when_built(cls: Any, built: Callable[[Any], None], around: Around | None = N
         if "__init__" in vars(subclass):
             undos.append(wrap(subclass, "__init__", init))
 
-    undos.append(wrap(cls, "__init__", init))
+    def own_init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+        def entered(*args: Any, **kwargs: Any) -> None:
+            with around(wrapped, instance, args, kwargs):
+                wrapped(*args, **kwargs)
+
+        init(entered, instance, args, kwargs)
+
+    undos.append(wrap(cls, "__init__", own_init))
     below(cls)
     undos.append(replace(cls, "__init_subclass__", classmethod(init_subclass)))
     return undo_all(undos)

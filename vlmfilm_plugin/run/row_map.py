@@ -24,6 +24,7 @@ class RowIndex:
         self._rows, self._phase, self._image = rows, phase, image
         self._known: dict[tuple[int, torch.device], Tensor | None] = {}
         self._mapped_condition: Tensor | None = None
+        self._first: tuple[Tensor, list[int]] | None = None
 
     def of(self, x: Tensor, condition: Tensor | None) -> Tensor | None:
         """Return the sample of each row (R,), or None where row i is sample i.
@@ -38,14 +39,16 @@ class RowIndex:
         samples, rows = self._image.shape[0], x.shape[0]
         key = (rows, x.device)
         # The map of a batch of several may depend on the content of the condition image, which an ODE solver passes again and again.
-        is_known = key in self._known and (samples == 1 or self._phase == "train" or condition is self._mapped_condition)
+        is_known = key in self._known and (samples == 1 or condition is self._mapped_condition)
         if not is_known:
-            mapping: Any = self._rows(RowView(self._phase, samples, rows, self._image, condition))
+            mapping: Any = self._rows(RowView(self._phase, samples, rows, self._image, condition, self._first))
             if mapping is None or len(mapping) != rows or not all(0 <= sample < samples for sample in mapping):
                 raise self._unmapped(samples, rows)
             is_identity = list(mapping) == list(range(samples))
             self._known[key] = None if is_identity else torch.tensor(list(mapping), dtype=torch.long, device=x.device)
             self._mapped_condition = condition
+            if self._first is None and condition is not None:
+                self._first = condition, list(mapping)
         return self._known[key]
 
     def _unmapped(self, samples: int, rows: int) -> ConditionError:
