@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmfilm_plugin.errors import ConditionError
-from vlmfilm_plugin.features.provider import CacheStats, FeatureProvider, Sample
-from vlmfilm_plugin.features.shuffle import exchange
+from vlmfilm_plugin.features.provider import CacheStats, Sample
 from vlmfilm_plugin.film.gates import GateView, check_gate, find_gate
 from vlmfilm_plugin.film.module import FilmModule
 from vlmfilm_plugin.forward.context import ForwardContext
@@ -100,7 +99,7 @@ class RunningBatch:
         return None if gate is None else check_gate(gate(GateView(x, image, self._batch, self.phase)), x)
 
     def _recorder(self, film: FilmModule) -> StageRecorder | None:
-        if not self._is_logged or film.family in self._recorded:
+        if not self._is_logged or film.film_id in self._recorded:
             return None
         self._recorded.add(film.film_id)
         facts = self._facts or StepFacts(
@@ -164,7 +163,7 @@ class RunningBatch:
             used = [sample.key for sample in chosen]
         permutation: list[int] | None = None
         if film.mode == "shuffle":
-            features, permutation = self._shuffle(source, samples, used, features)
+            features, permutation = self._shuffle(film, samples, used, features)
         runtime.diagnostics.cache_stats(self.step, source.stats)
         self._facts = StepFacts(
             self.phase,
@@ -182,18 +181,22 @@ class RunningBatch:
         )
         return features
 
-    def _shuffle(self, source: FeatureProvider, samples: list[Sample], keys: list[str], features: Tensor) -> tuple[Tensor, list[int]]:
-        """Return features of other images: permuted by the step alone, or, where all rows have one image's, another's from the store."""
-        step = self.step or 0
-        permutation = exchange(keys, step)
+    def _shuffle(self, film: FilmModule, samples: list[Sample], keys: list[str], features: Tensor) -> tuple[Tensor, list[int]]:
+        """Return features of other images: exchanged inside the batch, or, where all rows have one image's, a donor's."""
+        step, donors = self.step or 0, self._runtime.donors_for(film)
+        permutation = donors.exchange(keys, features, step)
         if permutation is not None:
             self._runtime.diagnostics.shuffled(self.phase, self.epoch, permutation)
             return features[permutation], permutation
-        drawn = self._runtime.donors_for(source).draw(samples[0], step * 1_000_003 + (self.batch_idx or 0), self._runtime.files)
+        drawn = donors.draw(samples[0], step)
         if drawn is None:
             raise ConditionError(
-                "cannot shuffle a batch of one image: the store holds no other image's feature",
-                {"image": keys[0], "store": source.store.path, "expected": "at least one other feature of this encoder"},
+                "cannot shuffle a batch of one image: no other image of its split is known",
+                {
+                    "image": keys[0],
+                    "store": self._runtime.provider_for(film).store.path,
+                    "expected": "another image of the same split, with other bytes",
+                },
                 f"run {MODE_VARIABLE}=on over the data first, or use a batch size of 2 or more",
             )
         self._runtime.diagnostics.shuffled(self.phase, self.epoch, [0], f" batch of one image: {keys[0]} is conditioned on {drawn[0]}")

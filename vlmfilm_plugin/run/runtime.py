@@ -18,7 +18,8 @@ from vlmfilm_plugin.checkpoints.metadata import adapt, write_metadata
 from vlmfilm_plugin.checkpoints.peek import peek
 from vlmfilm_plugin.errors import ConditionError, EncoderError, HostError, SettingsError
 from vlmfilm_plugin.features.provider import FeatureProvider
-from vlmfilm_plugin.features.shuffle_donor import ShuffleDonors
+from vlmfilm_plugin.features.shuffle import Shuffle
+from vlmfilm_plugin.features.shuffle_donor import DataSets, ShuffleDonors
 from vlmfilm_plugin.film.freezing import freeze_host, keep_trainable
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule, film_modules
 from vlmfilm_plugin.forward import context as conditioning
@@ -48,7 +49,8 @@ class Runtime:
         self._host_layers: list[Layer] = []
         self._facts: CheckpointFacts | None = None
         self._sources: dict[tuple[str | None, ...], FeatureProvider] = {}
-        self._partners: dict[FeatureProvider, ShuffleDonors] = {}
+        self._donors: dict[tuple[FeatureProvider, Shuffle], ShuffleDonors] = {}
+        self._data_sets = DataSets()
         self._strategies: WeakKeyDictionary[FilmModule, BatchStrategy] = WeakKeyDictionary()
         self._held: WeakKeyDictionary[FilmModule, Tensor] = WeakKeyDictionary()
         self._counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
@@ -153,7 +155,9 @@ class Runtime:
 
     def learn_image_files(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Note the untouched file behind each name; a name that stands for two files stands for neither from then on."""
-        for name, path in pairs:
+        listed = list(pairs)
+        self._data_sets.learn(listed)
+        for name, path in listed:
             known = self.files.setdefault(name, Path(path))
             if known != Path(path):
                 self.files[name] = None
@@ -248,11 +252,12 @@ class Runtime:
             self._sources[key] = source
         return self._sources[key]
 
-    def donors_for(self, source: FeatureProvider) -> ShuffleDonors:
-        """Return what draws partners for images that are alone in their batch."""
-        if source not in self._partners:
-            self._partners[source] = ShuffleDonors(source)
-        return self._partners[source]
+    def donors_for(self, film: FilmModule) -> ShuffleDonors:
+        """Return what draws donors for images that are alone in their batch."""
+        source, shuffle = self.provider_for(film), Shuffle.from_settings(self.settings_of(film))
+        if (source, shuffle) not in self._donors:
+            self._donors[source, shuffle] = ShuffleDonors(source, shuffle, self._data_sets)
+        return self._donors[source, shuffle]
 
     def settings_of(self, film: FilmModule) -> Settings:
         """Return the settings that a UNet's FiLM was built with; those of this run for one that came by another way (unpickled)."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlmfilm_plugin.errors import ConditionError, FeatureError
-from vlmfilm_plugin.features.shuffle import exchange, groups_of, permutation_hash
+from vlmfilm_plugin.features.shuffle import Shuffle, permutation_hash
 from vlmfilm_plugin.film.layers import identity_for, modulate
 from vlmfilm_plugin.film.statistics import statistics
 from vlmfilm_plugin.log import film_logger
@@ -106,8 +106,7 @@ def _gamma_and_beta(head: nn.Module, cond_vec: Tensor, x: Tensor, stage_idx: int
 def _exchanged(cond_vec: Tensor, module: Any, step: int | None) -> tuple[Tensor, list[int]]:
     """Return the rows of cond_vec (B, cond_dim) permuted by the step, and the permutation."""
     seed = step if step is not None else getattr(module, "global_step", None)
-    # Told apart by value: rows of one image must not exchange features with each other.
-    rows = exchange(groups_of(cond_vec), int(seed or 0))
+    rows = Shuffle().exchange(range(len(cond_vec)), int(seed or 0))
     permutation = rows if rows is not None else list(range(len(cond_vec)))
     _report_shuffle(permutation, module, rows is None)
     return cond_vec[permutation], permutation
