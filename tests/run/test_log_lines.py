@@ -407,7 +407,7 @@ def test_a_phase_without_a_count_is_not_logged() -> None:
     diagnostics = Diagnostics(resolve([]))
     assert not diagnostics.is_logged("train", None, 0)
     assert not diagnostics.is_logged("val", 0, None)
-    assert StepFacts("val", None, None, None, 1, "on", "post_block2", "image").head()["split_key"] is None
+    assert StepFacts("val", None, None, None, 1, "on", "post_block2", "image").fields()["split_key"] is None
 
 
 def test_a_second_unet_of_another_family_is_logged_as_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

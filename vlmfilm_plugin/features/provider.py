@@ -37,11 +37,15 @@ _MEMORY_ITEMS = 16384
 
 @dataclass(frozen=True)
 class Sample:
-    """One image whose feature is wanted: its cache key, its untouched file where there is one, and how to get its pixels."""
+    """One image whose feature is wanted: its cache key, its untouched file where there is one, and how to get its pixels.
+
+    `stamp` is that of pixels without a file whose key does not name their content: under another stamp they are encoded anew.
+    """
 
     key: str
     path: Path | None
     load: Callable[[], Image]
+    stamp: SourceStamp | None = None
 
 
 @dataclass
@@ -235,7 +239,7 @@ class FeatureProvider:
                 "encode them first (vlmfilm warmup), or set `on_missing_feature` to encode",
             )
         # Stamp before reading: a file replaced in between is then noticed at the next look.
-        stamps = [None if sample.path is None else SourceStamp.of(sample.path) for sample in samples]
+        stamps = [sample.stamp if sample.path is None else SourceStamp.of(sample.path) for sample in samples]
         rows = self.encode(samples, stamps, [sample.load() for sample in samples])
         self._remember(rows)
         return {row.key: row for row in rows}
@@ -278,6 +282,8 @@ def stack(rows: Sequence[StoredFeature]) -> Tensor:
 
 def _current(stored: StoredFeature, sample: Sample) -> StoredFeature | None:
     """Return the stored feature when it was made from the file the sample names (by place, size and time, else by content), else None."""
+    if sample.path is None and sample.stamp is not None:
+        return stored if stored.stamp is not None and stored.stamp.digest == sample.stamp.digest else None
     if sample.path is None or stored.stamp is None:
         return stored if sample.path is None and stored.stamp is None else None
     try:

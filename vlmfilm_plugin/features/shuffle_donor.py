@@ -9,11 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.features.cache_key import cache_keys, path_key
 from vlmfilm_plugin.features.images import read_image
 from vlmfilm_plugin.features.provider import FeatureProvider, Sample, stack
 from vlmfilm_plugin.features.shuffle import Shuffle, Split, images_of
 from vlmfilm_plugin.features.store.store import SourceStamp
+from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 
 # Key and feature (F,) of another image.
 Donor = tuple[str, Tensor]
@@ -77,6 +79,22 @@ class ShuffleDonors:
             self._shuffle.pairs.write(((keys[row], keys[other]) for row, other in enumerate(rows)), step)
         return rows
 
+    def donor(self, sample: Sample, step: int) -> Donor:
+        """Return the donor of an image that is alone in its batch.
+
+        Raises:
+            ConditionError: no other image of its split is known.
+        """
+        drawn = self.draw(sample, step)
+        if drawn is None:
+            wanted = f"another image whose key starts with {split_prefix(sample.key)!r}"
+            raise ConditionError(
+                "cannot shuffle a batch of one image: no other image of its split is known",
+                {"image": sample.key, "store": self._provider.store.path, "expected": wanted},
+                f"run {MODE_VARIABLE}=on over the data first, or use a batch size of 2 or more",
+            )
+        return drawn
+
     def draw(self, sample: Sample, step: int) -> Donor | None:
         """Return the donor of `sample` at a step; None where no other image of its split is known."""
         path = sample.path
@@ -103,7 +121,8 @@ class ShuffleDonors:
 
     def _from_store(self, sample: Sample, step: int) -> Donor | None:
         store, identity = self._provider.store, self._provider.encoder.identity
-        digest = self._digest(sample.path) if sample.path is not None else None
+        own = sample.stamp.digest if sample.stamp is not None else None
+        digest = self._digest(sample.path) if sample.path is not None else own
         for key in self._shuffle.donors(sample.key, step, self._split_of(sample.key)):
             row = store.read(identity, [key]).get(key)
             if row is not None and (digest is None or row.stamp is None or row.stamp.digest != digest):

@@ -15,7 +15,6 @@ from vlmfilm_plugin.film.module import FilmModule
 from vlmfilm_plugin.forward.context import ForwardContext
 from vlmfilm_plugin.host_spec import RowMap, RowView
 from vlmfilm_plugin.run.log_lines import StageRecorder, StepFacts
-from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 
 if TYPE_CHECKING:
     from vlmfilm_plugin.run.runtime import Runtime
@@ -102,9 +101,8 @@ class RunningBatch:
         if not self._is_logged or film.film_id in self._recorded:
             return None
         self._recorded.add(film.film_id)
-        facts = self._facts or StepFacts(
-            self.phase, self.step, self.epoch, self.batch_idx, self.image.shape[0], film.mode, film.architecture.apply_point, "none"
-        )
+        point, samples = film.architecture.apply_point, self.image.shape[0]
+        facts = self._facts or StepFacts(self.phase, self.step, self.epoch, self.batch_idx, samples, film.mode, point, "none", film_id=film.film_id)
         return StageRecorder(self._runtime.diagnostics, facts)
 
     def _index_of(self, x: Tensor, condition: Tensor | None) -> Tensor | None:
@@ -178,6 +176,7 @@ class RunningBatch:
             _difference(source.stats, before),
             len({sample.path is None for sample in samples}) > 1,
             permutation,
+            film.film_id,
         )
         return features
 
@@ -188,19 +187,10 @@ class RunningBatch:
         if permutation is not None:
             self._runtime.diagnostics.shuffled(self.phase, self.epoch, permutation)
             return features[permutation], permutation
-        drawn = donors.draw(samples[0], step)
-        if drawn is None:
-            raise ConditionError(
-                "cannot shuffle a batch of one image: no other image of its split is known",
-                {
-                    "image": keys[0],
-                    "store": self._runtime.provider_for(film).store.path,
-                    "expected": "another image of the same split, with other bytes",
-                },
-                f"run {MODE_VARIABLE}=on over the data first, or use a batch size of 2 or more",
-            )
-        self._runtime.diagnostics.shuffled(self.phase, self.epoch, [0], f" batch of one image: {keys[0]} is conditioned on {drawn[0]}")
-        return drawn[1].expand(len(keys), -1), [0] * len(keys)
+        alone = next((sample for sample in samples if sample.key == keys[0]), samples[0])
+        donor, feature = donors.donor(alone, step)
+        self._runtime.diagnostics.shuffled(self.phase, self.epoch, [0], f" batch of one image: {alone.key} is conditioned on {donor}")
+        return feature.expand(len(keys), -1), [0] * len(keys)
 
 
 def image_of(batch: Any) -> Tensor:

@@ -5,18 +5,25 @@ Same names, arguments and behaviour as the port, without its faults; its users s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from vlmfilm_plugin.errors import ConditionError
-from vlmfilm_plugin.features.cache_key import cache_keys
-from vlmfilm_plugin.features.provider import FeatureProvider
+from vlmfilm_plugin.features.cache_key import CacheKeys
+from vlmfilm_plugin.features.provider import FeatureProvider, Sample
+from vlmfilm_plugin.features.shuffle import Shuffle, images_of
+from vlmfilm_plugin.features.shuffle_donor import DataSets, ShuffleDonors
 from vlmfilm_plugin.film.layers import ImageToConditionVector, TextToConditionVector
-from vlmfilm_plugin.log import film_logger
+from vlmfilm_plugin.film.statistics import condition_statistics
 from vlmfilm_plugin.run.batch_strategy import BatchStrategy
-from vlmfilm_plugin.settings.layers import resolve
+from vlmfilm_plugin.run.log_lines import COND_SOURCES, Diagnostics, cache_fields, key_fields, line_of, write_cache_key
+from vlmfilm_plugin.settings.layers import environment_layers, resolve
+from vlmfilm_plugin.settings.mode import read_mode
+from vlmfilm_plugin.soft_seg.naming import named_samples, names_of_rows, source_of_keys
 
 
 class VLMConditioner(nn.Module):
@@ -59,16 +66,21 @@ class VLMConditioner(nn.Module):
         value_range: tuple[float, float] = (-1.0, 1.0),
     ) -> None:
         super().__init__()
+        # The environment sets what the seed's arguments have no word for: `dataset_root`, which calls are logged, `shuffle_seed`.
         given = {name: value for name, value in locals().items() if name not in {"self", "enabled", "value_range", "__class__"}}
         self.enabled, self.value_range = enabled, value_range
-        self.settings = resolve([("argument", given)])
+        self.settings = resolve([*environment_layers(os.environ), ("argument", given)])
         if not enabled:
             return
         self._source = FeatureProvider.from_settings(self.settings)
         self._prompted: dict[str, FeatureProvider] = {}
         # By prompt: what is held for one prompt says nothing of another.
         self._strategies: dict[str | None, BatchStrategy] = {}
-        self._held: dict[str | None, Tensor] = {}
+        self._held: dict[str | None, tuple[Sample, Tensor]] = {}
+        self._donors: dict[FeatureProvider, ShuffleDonors] = {}
+        self._diagnostics = Diagnostics(self.settings)
+        self._calls = _Calls()
+        self._has_announced = False
         feature_dim = self._source.encoder.feature_dim
         if use_text_prompt_cond:
             self.text_to_cond = TextToConditionVector(feature_dim, cond_dim, text_mlp_hidden_dim)
@@ -89,52 +101,79 @@ class VLMConditioner(nn.Module):
         Args:
             image: (B, C, H, W), C 1 or 3, values in `value_range`.
             prompt: the prompt of text mode, instead of `prompt_template`.
-            image_id: names of the rows, instead of those found in `batch`.
+            image_id: names of the rows, instead of those found in `batch`; what is stored is stored under them.
             batch: the mapping to take cache keys from.
-            global_step: the training step, for the strategies that hold a feature over steps.
+            global_step: the training step, for the strategies that hold a feature over steps, and for the log; where None, the log counts
+                training calls.
             is_train: False conditions every image on itself.
 
         Returns:
-            `cond_vec` (B, cond_dim), differentiable in the projection alone, and `_dbg` (keys, their source, cache counts); None when
-            not enabled.
+            `cond_vec` (B, cond_dim), differentiable in the projection alone, and `_dbg`: every field of `log_lines.FIELDS`, None where only
+            a block knows it, `should_log`, `keys` (the stored key of what each row is conditioned on) and `cache_key_source`. The device is
+            read for it where `should_log` is true. Under `VLM_FILM_MODE=shuffle`, where all rows are of one image, also
+            `donor_cond_vec` (B, cond_dim), made from another image of its split. None when not enabled.
 
         Raises:
-            ConditionError: the images or their names do not fit.
+            ConditionError: the images or their names do not fit, or there is no donor.
         """
         if not self.enabled:
             return None
         if image.dim() != 4:
             facts = {"shape": tuple(image.shape), "expected": "(B, C, H, W)"}
             raise ConditionError("cannot condition on this tensor", facts, "add the batch dimension")
-        keys, key_source = self._keys(image, image_id, batch)
         s, source = self.settings, self._provider_for(prompt)
+        names, before = names_of_rows(image, image_id, batch, s.dataset_root), replace(source.stats)
         strategy = self._strategies.setdefault(prompt, BatchStrategy(s.batch_strategy, s.reuse_policy, s.update_interval_steps_train))
-        choice = strategy.choose(keys, global_step, is_train)
+        choice = strategy.choose(names.keys, global_step, is_train)
         if choice.rows is None:
-            features = self._held[prompt].expand(len(keys), -1)
+            held, feature = self._held[prompt]
+            features, samples = feature.expand(len(names.keys), -1), [held] * len(names.keys)
         else:
-            # By file where one is found, else by content: a crop's feature is never kept under its file's name.
-            samples = source.samples_of(batch, image, self.value_range)
-            features = source.get([samples[row] for row in choice.rows])
-            if is_train:
-                self._held[prompt] = features[:1].clone()
-        projection = self.text_to_cond if self.settings.use_text_prompt_cond else self.image_to_cond
-        cond_vec = projection(features.to(next(projection.parameters()).device))
-        if self.settings.verbose_debug:
-            film_logger().info("[VLM] cache_key_example: %s", keys[0])
-            film_logger().info("[VLM] cache_key_source: %s", key_source)
-        debug = {"keys": keys, "cache_key_example": keys[0], "cache_key_source": key_source, "cache": str(source.stats), "step": global_step}
-        return {"cond_vec": cond_vec, "_dbg": debug}
+            if image_id is not None:
+                found = named_samples(names, image, batch, self.value_range, s.dataset_root)
+            else:
+                # By file where one is found, else by content: a crop's feature is never kept under its file's name.
+                found = source.samples_of(batch, image, self.value_range)
+            samples = [found[row] for row in choice.rows]
+            features = source.get(samples)
+            if is_train and s.batch_strategy != "per_sample":
+                # Without its pixels, which nobody asks for again.
+                self._held[prompt] = replace(samples[0], load=_not_kept), features[:1].clone()
+        projection = self.text_to_cond if s.use_text_prompt_cond else self.image_to_cond
+        device = next(projection.parameters()).device
+        cond_vec = projection(features.to(device))
+        step = self._calls.count(global_step, is_train)
+        debug = self._debug(names, samples, cond_vec, step, is_train) | cache_fields(source.stats, before)
+        result = {"cond_vec": cond_vec, "_dbg": debug}
+        if read_mode(os.environ) == "shuffle":
+            # Rows of equal bytes are of one image, whatever they are called.
+            known: dict[Hashable, str] = {}
+            debug["images"] = [known.setdefault(image, key) for image, key in zip(images_of(features), debug["keys"], strict=True)]
+            if len(known) == 1:
+                debug["shuffle_donor"], donor = self._donors_of(source).donor(samples[0], step)
+                result["donor_cond_vec"] = projection(donor.expand(len(samples), -1).to(device))
+        self._diagnostics.cache_stats(step, source.stats)
+        return result
 
-    def _keys(self, image: Tensor, image_id: str | Sequence[str] | None, batch: Any) -> tuple[list[str], str]:
-        if image_id is not None:
-            batch = {**(batch if isinstance(batch, Mapping) else {}), "name": image_id}
-        found = cache_keys(batch, image.shape[0], dataset_root=self.settings.dataset_root, image=image)
-        if image_id is not None and not found.source.endswith("['name']"):
-            raise ConditionError(
-                "cannot use image_id", {"found": image_id, "expected": f"a name, or one for each of {image.shape[0]} rows"}, "give one name a row"
-            )
-        return list(found.keys), found.source
+    def _debug(self, names: CacheKeys, samples: list[Sample], cond_vec: Tensor, step: int, is_train: bool) -> dict[str, Any]:
+        phase, keys = "train" if is_train else "val", [sample.key for sample in samples]
+        is_logged = self._diagnostics.is_logged(phase, step, self._calls.since_training)
+        key_source = source_of_keys(names, samples)
+        if self.settings.verbose_debug or (key_source == "image_id" and not self._has_announced):
+            self._has_announced = True
+            write_cache_key(keys[0], key_source)
+        return line_of(
+            {"stage": phase, "step": step, "B": len(samples), "cond_dim": cond_vec.shape[1]},
+            {"cond_source": COND_SOURCES["text" if self.settings.use_text_prompt_cond else "image"]},
+            key_fields(keys),
+            condition_statistics(cond_vec) if is_logged else {},
+            {"should_log": is_logged, "keys": keys, "cache_key_source": key_source},
+        )
+
+    def _donors_of(self, source: FeatureProvider) -> ShuffleDonors:
+        if source not in self._donors:
+            self._donors[source] = ShuffleDonors(source, Shuffle.from_settings(self.settings), DataSets())
+        return self._donors[source]
 
     def _provider_for(self, prompt: str | None) -> FeatureProvider:
         if prompt is None or not self.settings.use_text_prompt_cond:
@@ -143,6 +182,24 @@ class VLMConditioner(nn.Module):
             given = {**self.settings.as_dict(), "prompt_template": prompt}
             self._prompted[prompt] = FeatureProvider.from_settings(resolve([("argument", given)]))
         return self._prompted[prompt]
+
+
+class _Calls:
+    """Counts calls: the step where none is given, and how far a validation is."""
+
+    def __init__(self) -> None:
+        self._training = 0
+        self.since_training = -1
+
+    def count(self, step: int | None, is_train: bool) -> int:
+        """Note a call and return its step: the one given, else the number of training calls before it."""
+        self._training += is_train
+        self.since_training = -1 if is_train else self.since_training + 1
+        return step if step is not None else max(self._training - 1, 0)
+
+
+def _not_kept() -> Any:
+    raise RuntimeError("the pixels of a held feature are not kept")
 
 
 VLMFiLMConditioner = VLMConditioner
