@@ -28,7 +28,7 @@ class _DataSet:
     """The files of one data set of a host, by the names it gives them."""
 
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
-        listed = sorted({(name, str(Path(path))) for name, path in pairs})
+        listed = sorted({(name, os.path.abspath(path)) for name, path in pairs})
         paths_of: dict[str, int] = {}
         for name, _ in listed:
             paths_of[name] = paths_of.get(name, 0) + 1
@@ -53,10 +53,11 @@ class DataSets:
 
     def of(self, path: Path) -> _DataSet | None:
         """Return the data set that a file belongs to, the smallest where there are several; None where none is known."""
-        holding = [known for known in self._sets if str(path) in known.member_of]
-        return (
-            min(holding, key=lambda known: (len(known.files), sorted(known.files)), default=None) if len(holding) > 1 else next(iter(holding), None)
-        )
+        place = os.path.abspath(path)
+        holding = [known for known in self._sets if place in known.member_of]
+        if len(holding) > 1:
+            holding.sort(key=lambda known: (len(known.files), sorted(known.files)))
+        return holding[0] if holding else None
 
 
 class ShuffleDonors:
@@ -105,7 +106,7 @@ class ShuffleDonors:
         return drawn
 
     def _from_data_set(self, sample: Sample, path: Path, step: int, known: _DataSet) -> Donor | None:
-        own = known.member_of[str(path)]
+        own = known.member_of[os.path.abspath(path)]
         for member in self._shuffle.donors(own, step, known.split):
             name, other = known.files[member]
             if self._is_other_image(path, other):

@@ -101,7 +101,8 @@ def _patch_model(model: type, host: str, runtime: Runtime) -> None:
     wrapt.wrap_function_wrapper(model, "configure_optimizers", configure)
     wrapt.wrap_function_wrapper(model, "on_save_checkpoint", save)
     wrapt.wrap_function_wrapper(model, "on_load_checkpoint", load)
-    wrapt.wrap_function_wrapper(model, "on_fit_end", report)
+    for end in ("on_validation_end", "on_fit_end"):
+        wrapt.wrap_function_wrapper(model, end, report)
     _patch_load_from_checkpoint(model, runtime)
 
 
