@@ -81,7 +81,7 @@ class EncoderError(VlmFilmError):
 
 
 class StoreError(VlmFilmError):
-    """The feature store cannot be opened, read or written."""
+    """The feature store, or the file of shuffled pairs, cannot be opened, read or written."""
 
 
 class CheckpointError(VlmFilmError):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from processes import run_code, succeed
+from processes import python, run_code, succeed
 from stand_in import StandIn
 
 FLOW, MULTITASK, DIFFUSION = "medsegdiff_flow", "medsegdiff_flow_multitask", "medsegdiff"
@@ -57,6 +58,26 @@ def test_evaluation_runs_in_every_mode_from_the_checkpoint_alone(trained: tuple[
     assert all(0 <= score["dice"] <= 1 for score in scores.values())
     assert "encoder=descriptor" in outputs["on"] and "[FILM-SHUFFLE]" in outputs["shuffle"] and "[FILM-SHUFFLE]" not in outputs["on"]
     assert all(row["film_bypass"] for row in lines(outputs["off"], "FILM-DBG"))
+
+
+def test_shuffle_gives_one_result_for_a_checkpoint_wherever_the_data_lie_and_whatever_is_stored(trained: tuple[StandIn, str], tmp_path: Path) -> None:
+    host, found = trained[0], []
+    for place in ("a", "far/away/b"):
+        root = tmp_path / place
+        shutil.copytree(host.data, root / "data")
+        shutil.copytree(host.root / "runs" / "film", root / "film")
+        config = root / "film" / "config.yaml"
+        config.write_text(config.read_text().replace(str(host.data), str(root / "data")))
+        arguments = ["--data", "angio", "--models", FLOW, "--checkpoint", root / "film/checkpoints/last.ckpt", "--output", root / "out"]
+        pairs = root / "pairs.csv"
+        variables = {"VLM_FILM_CACHE_DIR": str(root / "cache"), "VLM_FILM_SHUFFLE_PAIRS_FILE": str(pairs)}
+        succeed(python("scripts/evaluate.py", *arguments, cwd=host.repo, VLM_FILM_MODE="shuffle", **variables))
+        found.append((json.loads((root / "out" / "metrics.json").read_text()), pairs.read_text()))
+    assert found[0] == found[1]
+    rows = [line.split(",") for line in found[0][1].splitlines()]
+    # Each of the three test images, its donor another test image, although nothing was stored before.
+    assert sorted(row[0] for row in rows) == sorted(row[1] for row in rows) == [f"unknown:test/image/000{index}.png" for index in range(3)]
+    assert all(image != donor and step == "0" for image, donor, step in rows)
 
 
 def test_the_checkpoints_stages_and_scales_win_at_evaluation(stand_in: StandIn) -> None:

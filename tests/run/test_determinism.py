@@ -9,6 +9,8 @@ import pytest
 from processes import python, succeed
 from stand_in import SETTINGS, StandIn
 
+from vlmfilm_plugin.demo.dataset import make_dataset
+
 # Each run is a fork of one process that has imported Lightning, but no host: it is activated, or not, by itself.
 SCRIPT = """
 import json, os, sys, traceback
@@ -113,6 +115,8 @@ run("accumulated", permutations, accumulate_grad_batches=2)
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what each run gave, by name."""
     host = StandIn(tmp_path_factory.mktemp("determinism"))
+    # Two validation images: each is the other's donor in mode shuffle.
+    make_dataset(host.data, train=4, val=2, test=3, size=32, seed=0)
     script = host.root / "runs.py"
     script.write_text(SCRIPT)
     variables = {**SETTINGS, "VLM_FILM_CACHE_DIR": str(host.root / "cache"), "VLM_FILM_FILM_LOG_EVERY_N_STEPS_TRAIN": "3"}

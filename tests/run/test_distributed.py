@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from small_unet import SmallUNet, inputs, randomise
 from vlmfilm_plugin.forward.attach import attach
-from vlmfilm_plugin.features.shuffle import derangement
+from vlmfilm_plugin.features.shuffle import Shuffle
 
 torch.set_num_threads(1)
 RANK, SIZE, FOLDER = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["FOLDER"]
@@ -58,7 +58,7 @@ def by_hand(handle):
     def loss(seed):
         given = features(seed)
         if handle.film.mode == "shuffle":
-            given = given[derangement(ROWS, 0)]
+            given = given[Shuffle().derangement(ROWS, 0)]
         cond = F.layer_norm(F.linear(given, w["image_to_cond.proj.weight"], w["image_to_cond.proj.bias"]), (4,))
         cond = cond * w["image_to_cond.ln.weight"] + w["image_to_cond.ln.bias"]
 

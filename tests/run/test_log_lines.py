@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from small_unet import SmallUNet, inputs, randomise
 from torch import Tensor, nn
 
-from vlmfilm_plugin.features.shuffle import permutation_hash
 from vlmfilm_plugin.film.statistics import statistics
-from vlmfilm_plugin.host_spec import UNet
+from vlmfilm_plugin.host_spec import HostSpec, Steps, UNet
+from vlmfilm_plugin.hosts.patches import patch_host
 from vlmfilm_plugin.run.log_lines import Diagnostics, StepFacts
 from vlmfilm_plugin.run.runtime import Runtime
 from vlmfilm_plugin.settings.layers import resolve
@@ -278,6 +279,55 @@ def test_validation_means_are_written_at_the_end_and_once(tmp_path: Path, capsys
     assert run.rows("[FILM-VAL]") == []
 
 
+def test_a_mean_that_does_not_exist_in_the_first_row_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(tmp_path, capsys, film_log_every_n_steps_val=1)
+    for batch_idx, rows in enumerate((1, 3, 2)):
+        run.step("val", rows=rows, batch_idx=batch_idx, seed=batch_idx)
+    # A batch of one has no cosines.
+    debug = [row["cond_cos_mean"] for row in run.rows() if row["film_stage_idx"] == 0]
+    assert debug[0] is None and None not in debug[1:]
+    run.step()
+    (row,) = run.rows("[FILM-VAL]")
+    assert row["cond_cos_mean"] == pytest.approx(sum(debug[1:]) / 2, abs=1e-6)
+
+
+def test_another_phase_than_training_ends_a_validation_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(tmp_path, capsys)
+    run.step("val", rows=1)
+    run.step("test", rows=1)
+    assert len(run.rows("[FILM-VAL]")) == 1
+
+
+def test_a_validation_alone_writes_its_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Net(SmallUNet):
+        pass
+
+    class Model(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = Net()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.unet(*inputs(len(batch["image"])))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    steps = Steps(cls=Model, phases={"validation_step": "val"}, value_range=(0.0, 1.0))
+    spec = HostSpec(name="tiny", unets=[UNet(cls=Net, targets=SPEC.targets)], models=[Model], steps=[steps])
+    patch_host(sys.modules[__name__], spec, Run(tmp_path, capsys).runtime)
+    loader = torch.utils.data.DataLoader([{"image": torch.rand(1, 8, 8), "name": f"{i}.png"} for i in range(3)])
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(accelerator="cpu", devices=1, **options)
+    for _ in range(2):
+        capsys.readouterr()
+        trainer.validate(Model(), loader, verbose=False)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[FILM-VAL] ")]
+        assert len(lines) == 1 and json.loads(lines[0].split(" ", 1)[1])["stage"] == "val"
+
+
 # FILM-WARN
 
 
@@ -307,6 +357,24 @@ def test_an_interval_that_moves_starts_the_count_anew_for_its_stage_alone(tmp_pa
     assert run.lines("[FILM-WARN]") == []
     run.train(range(9, 10))
     assert ["stage 1" in line for line in run.lines("[FILM-WARN]")] == [True]
+
+
+def test_two_models_of_one_process_count_for_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(tmp_path, capsys, is_moved=False, film_log_every_n_steps_train=1)
+    first, second = run.unet, SmallUNet()
+    run.runtime.attach(second, SPEC)
+    for step in range(4):
+        run.owner.global_step = step
+        image = torch.rand(2, 1, 8, 8)
+        with run.runtime.batch({"image": image}, phase="train", value_range=(0.0, 1.0), owner=run.owner):
+            first(*inputs(2))
+            second(*inputs(2))
+    assert run.lines("[FILM-WARN]") == []
+    with run.runtime.batch({"image": torch.rand(2, 1, 8, 8)}, phase="val", value_range=(0.0, 1.0), owner=run.owner, batch_idx=0):
+        first(*inputs(2))
+        second(*inputs(2))
+    run.step()
+    assert len(run.rows("[FILM-VAL]")) == 2
 
 
 @pytest.mark.parametrize(("mode", "phase"), [("off", "train"), ("on", "val")])
@@ -390,16 +458,11 @@ def test_statistics_of_zeros_are_finite() -> None:
     assert all(value is None or math.isfinite(value) for value in numbers.values())
 
 
-def test_a_permutation_has_a_stable_name() -> None:
-    assert permutation_hash([1, 0]) == permutation_hash((1, 0))
-    assert len({permutation_hash(p) for p in ([0, 1], [1, 0], [10], [1, 0, 2])}) == 4
-
-
 def test_a_phase_without_a_count_is_not_logged() -> None:
     diagnostics = Diagnostics(resolve([]))
     assert not diagnostics.is_logged("train", None, 0)
     assert not diagnostics.is_logged("val", 0, None)
-    assert StepFacts("val", None, None, None, 1, "on", "post_block2", "image").head()["split_key"] is None
+    assert StepFacts("val", None, None, None, 1, "on", "post_block2", "image").fields()["split_key"] is None
 
 
 def test_a_second_unet_of_another_family_is_logged_as_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

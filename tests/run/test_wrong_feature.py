@@ -20,7 +20,8 @@ from small_unet import SmallUNet, inputs, randomise
 
 from vlmfilm_plugin import ConditionError, SettingsError, StoreError, attach
 from vlmfilm_plugin.features.provider import FeatureProvider
-from vlmfilm_plugin.features.shuffle_donor import ShuffleDonors
+from vlmfilm_plugin.features.shuffle import Shuffle
+from vlmfilm_plugin.features.shuffle_donor import DataSets, ShuffleDonors
 from vlmfilm_plugin.features.store.store import FeatureStore
 from vlmfilm_plugin.host_spec import UNet
 from vlmfilm_plugin.run.runtime import Runtime
@@ -109,22 +110,25 @@ def test_the_partner_of_a_shuffled_image_alone_is_another_image_whatever_its_key
     sample = features.samples_of({"image": IMAGE, "filepath": [str(path)]}, IMAGE, (0.0, 1.0))[0]
     wanted = feature_of(features, other)
     for seed in range(20):
-        drawn = ShuffleDonors(features).draw(sample, seed, {})
+        drawn = ShuffleDonors(features, Shuffle(), DataSets()).draw(sample, seed)
         assert drawn is not None
         np.testing.assert_array_equal(drawn[1], wanted)
 
 
 def test_with_known_data_sets_the_partner_depends_on_seed_and_data_set_alone(tmp_path: Path) -> None:
     files = {f"test/image/{i}.png": picture(tmp_path / "test" / f"{i}.png", 20 * i) for i in range(1, 9)}
-    files["train/image/1.png"] = picture(tmp_path / "train" / "1.png", 250)
+    train = {"train/image/1.png": picture(tmp_path / "train" / "1.png", 250)}
+    known = DataSets()
+    for data_set in (train, files):
+        known.learn((name, str(path)) for name, path in data_set.items())
     draws = []
     for is_warm in (False, True):
         features = source(tmp_path / f"cache-{is_warm}")
         if is_warm:
-            for path in files.values():
+            for path in (files | train).values():
                 feature_of(features, path)
         sample = features.samples_of(batch(tmp_path / "test" / "3.png"), IMAGE, (0.0, 1.0))[0]
-        draws.append([ShuffleDonors(features).draw(sample, seed, dict(files))[0] for seed in range(12)])  # type: ignore[index]
+        draws.append([ShuffleDonors(features, Shuffle(), known).draw(sample, step)[0] for step in range(12)])  # type: ignore[index]
     assert draws[0] == draws[1] and len(set(draws[0])) > 3
     assert not any("train" in key or key.endswith("test/image/3.png") for key in draws[0])
 

@@ -101,6 +101,11 @@ def name_key(name: str, split: str, dataset_root: str | os.PathLike[str] | None 
     return f"{split}:{_relative(cut_name(name, is_name=True), dataset_root)}"
 
 
+def content_named_key(key: str, content: str) -> str:
+    """Return the key of one of several images that share `key`, by its content key."""
+    return f"{key}#{content.rpartition(':')[2]}"
+
+
 def split_in(key: str) -> str:
     """Return the split that a key names."""
     return key.partition(":")[0]

@@ -42,11 +42,15 @@ ImageId = tuple[str, str | None]
 
 @dataclass(frozen=True)
 class Sample:
-    """One image whose feature is wanted: its cache key, its untouched file where there is one, and how to get its pixels."""
+    """One image whose feature is wanted: its cache key, its untouched file where there is one, and how to get its pixels.
+
+    `stamp` is that of pixels without a file whose key does not name their content: under another stamp they are encoded anew.
+    """
 
     key: str
     path: Path | None
     load: Callable[[], Image]
+    stamp: SourceStamp | None = None
 
     @property
     def image(self) -> ImageId:
@@ -269,7 +273,7 @@ class FeatureProvider:
                 "encode them first (vlmfilm warmup), or set `on_missing_feature` to encode",
             )
         # Stamp before reading: a file replaced in between is then noticed at the next look.
-        stamps = [None if sample.path is None else SourceStamp.of(sample.path) for sample in samples]
+        stamps = [sample.stamp if sample.path is None else SourceStamp.of(sample.path) for sample in samples]
         rows = self.encode(samples, stamps, [sample.load() for sample in samples])
         encoded = {sample.image: row for sample, row in zip(samples, rows, strict=True)}
         self._remember(encoded)

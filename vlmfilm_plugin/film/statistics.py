@@ -18,7 +18,7 @@ def statistics(before: Tensor, after: Tensor, gamma: Tensor, beta: Tensor, cond_
     g, b = _plain(gamma).flatten(1), _plain(beta).flatten(1)
     delta = (y - x).norm(dim=1) / x.norm(dim=1).clamp_min(1e-12)
     return {
-        **_condition_statistics(cond_vec),
+        **condition_statistics(cond_vec),
         **_mean_std("gamma", g),
         **_mean_std("gamma_dev", (g - 1).abs()),
         **_mean_std("beta", b),
@@ -33,7 +33,21 @@ def statistics(before: Tensor, after: Tensor, gamma: Tensor, beta: Tensor, cond_
     }
 
 
-def _condition_statistics(cond_vec: Tensor | None) -> dict[str, Any]:
+def gate_statistics(gate: Tensor | None) -> dict[str, Any]:
+    """Return the statistics of a spatial gate (R, 1, H, W) at the features' size; None where there is no gate."""
+    if gate is None:
+        return dict.fromkeys(("junction_gate_mean", "junction_gate_min", "junction_gate_max", "junction_area_pct"))
+    g = _plain(gate)
+    return {
+        "junction_gate_mean": float(g.mean()),
+        "junction_gate_min": float(g.min()),
+        "junction_gate_max": float(g.max()),
+        "junction_area_pct": float((g < 0.99).float().mean() * 100),
+    }
+
+
+def condition_statistics(cond_vec: Tensor | None) -> dict[str, Any]:
+    """Return the statistics of condition vectors (S, D); every value None where there are none."""
     empty: dict[str, Any] = dict.fromkeys(("cond_dim", "cond_norm_mean", "cond_norm_std", "cond_cos_mean", "cond_cos_min", "cond_cos_max"))
     if cond_vec is None:
         return empty

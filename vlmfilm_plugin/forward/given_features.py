@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vlmfilm_plugin.errors import ConditionError
-from vlmfilm_plugin.features.shuffle import exchange, groups_of
+from vlmfilm_plugin.features.shuffle import Shuffle, images_of
 from vlmfilm_plugin.film.gates import Gate, GateView, check_gate
 from vlmfilm_plugin.forward.context import ForwardContext
 
@@ -19,22 +21,31 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class GivenFeatures:
-    """The condition that a caller gives by hand: features (B, F), for every UNet of one `film_id` (a UNet and its copies)."""
+    """The condition that a caller gives by hand: features (B, F), for every UNet of one `film_id` (a UNet and its copies).
+
+    `names` are those of the rows, for the file of pairs alone: what tells images apart in mode `shuffle` is their features.
+    """
 
     film_id: str
     features: Tensor
     gate: Tensor | Gate | None = None
     step: int = 0
+    shuffle: Shuffle = field(default_factory=Shuffle)
+    names: Sequence[object] | None = None
     is_for_all: bool = False
 
+    @cached_property
     def _shuffled(self) -> Tensor:
-        rows = exchange(groups_of(self.features), self.step)
+        """Return the features, exchanged between images; once for all forwards of the condition."""
+        rows = self.shuffle.exchange(images_of(self.features), self.step)
         if rows is None:
             raise ConditionError(
                 "cannot shuffle the given features: they are of one image",
                 {"features": tuple(self.features.shape), "expected": "features of two images or more"},
                 "give the features of several images, or use mode on",
             )
+        names = self.names if self.names is not None else [f"row {row}" for row in range(len(rows))]
+        self.shuffle.pairs.write(((names[row], names[other]) for row, other in enumerate(rows)), self.step)
         return self.features[rows]
 
     def serves(self, film: FilmModule) -> bool:
@@ -50,7 +61,7 @@ class GivenFeatures:
                 {"features": given, "rows": rows, "expected": "one feature for each row, or one for all"},
                 "repeat the features as the rows are repeated, e.g. features.repeat_interleave(num_patches, dim=0)",
             )
-        features = self._shuffled() if film.mode == "shuffle" else self.features
+        features = self._shuffled if film.mode == "shuffle" else self.features
         features = features.to(x.device)
         gate = self.gate(GateView(x, image)) if callable(self.gate) else self.gate
         index = None if given == rows else torch.zeros(rows, dtype=torch.long, device=x.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -54,7 +55,7 @@ class FilmHandle:
             features: (B, F), any float dtype, finite; used detached.
             gate: where FiLM acts: (R, 1, H, W) in [0, 1], or a function of the forward that returns it; None takes the setting
                 `spatial_gate`.
-            step: seeds the exchange of features in mode `shuffle`.
+            step: draws the exchange of features in mode `shuffle`, together with the setting `shuffle_seed`.
             images: B images instead: PIL images, paths, or arrays (H, W[, 3]), uint8, uint16 or float in [0, 1]; encoded and stored once.
 
         Raises:
@@ -62,6 +63,7 @@ class FilmHandle:
             FeatureError: the features' width is not F, or they hold NaN or infinite values.
         """
         from vlmfilm_plugin.features.provider import check_features
+        from vlmfilm_plugin.features.shuffle import Shuffle
         from vlmfilm_plugin.forward.given_features import GivenFeatures
 
         if (features is None) == (images is None):
@@ -79,7 +81,9 @@ class FilmHandle:
             features = self._feature_provider().of_images(images)
         check_features(features, self.feature_dim)
         gate = gate if gate is not None else find_gate(self.settings.spatial_gate, self.settings.origin("spatial_gate"))
-        with conditioning.in_force(GivenFeatures(self.film.film_id, features.detach(), gate, step)):
+        shuffle = Shuffle.from_settings(self.settings)
+        names = None if images is None else [image if isinstance(image, str | os.PathLike) else f"row {row}" for row, image in enumerate(images)]
+        with conditioning.in_force(GivenFeatures(self.film.film_id, features.detach(), gate, step, shuffle, names)):
             yield
 
     def _feature_provider(self) -> FeatureProvider:

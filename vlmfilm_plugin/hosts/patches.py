@@ -132,7 +132,7 @@ def _patch_lightning(model: Any, runtime: Runtime) -> list[Undo]:
         wrap(model, "configure_optimizers", configure),
         wrap(model, "on_save_checkpoint", _with_checkpoint(after=save)),
         wrap(model, "on_load_checkpoint", _with_checkpoint(before=load)),
-        wrap(model, "on_fit_end", report),
+        *(wrap(model, end, report) for end in ("on_validation_end", "on_fit_end")),
         _patch_load_from_checkpoint(model, runtime),
     ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -16,14 +16,17 @@ from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.features.provider import CacheStats, FeatureProvider, Sample
 from vlmfilm_plugin.run.batch_strategy import BatchStrategy
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 @dataclass(frozen=True)
 class BatchFeatures:
-    """The features (S, F) of a batch's samples, the key of the image that each came from, and what was counted for them."""
+    """The features (S, F) of a batch's samples, the sample whose image each came from, and what was counted for them."""
 
     features: Tensor
     samples: list[Sample]
-    used: list[str]
+    used: list[Sample]
     cache: CacheStats
 
     @property
@@ -47,7 +50,7 @@ class FeatureLookup:
 
     def __init__(self, provider: FeatureProvider, strategy: BatchStrategy) -> None:
         self.provider, self.strategy = provider, strategy
-        self.held: Tensor | None = None
+        self.held: tuple[Sample, Tensor] | None = None
 
     def of_batch(
         self,
@@ -58,30 +61,43 @@ class FeatureLookup:
         step: int | None = None,
         is_train: bool = False,
         files: Mapping[str, Path | None] | None = None,
-        names: Sequence[str] | None = None,
     ) -> BatchFeatures:
-        """Return one feature a sample: its own in evaluation, what the strategy chooses or holds in training.
+        """Return one feature a sample of a batch: its own in evaluation, what the strategy chooses or holds in training.
 
         Args:
             batch: the mapping that names the samples.
             image: (S, C, H, W) in `value_range`.
             files: the untouched file behind a name, as the host's data sets know it.
+        """
+        return self.of_samples(self.provider.samples_of(batch, image, value_range, files), step=step, is_train=is_train)
+
+    def of_samples(
+        self, samples: list[Sample], *, step: int | None = None, is_train: bool = False, names: Sequence[str] | None = None
+    ) -> BatchFeatures:
+        """Return one feature a sample: its own in evaluation, what the strategy chooses or holds in training.
+
+        Args:
             names: what the strategy tells the samples apart by; their keys where None.
         """
         before = replace(self.provider.stats)
-        samples = self.provider.samples_of(batch, image, value_range, files)
         choice = self.strategy.choose(names or [sample.key for sample in samples], step, is_train)
         if choice.rows is None:
-            features, used = self._held_for(len(samples)), [self.strategy.held_key or ""] * len(samples)
+            held, feature = self._held()
+            features, used = feature.expand(len(samples), -1), [held] * len(samples)
         else:
-            chosen = [samples[row] for row in choice.rows]
-            features, used = self.provider.get(chosen), [sample.key for sample in chosen]
+            used = [samples[row] for row in choice.rows]
+            features = self.provider.get(used)
             if is_train and self.strategy.batch_strategy != "per_sample":
-                self.held = features[:1].clone()
+                # Without its pixels, which nobody asks for again.
+                self.held = replace(used[0], load=_not_kept), features[:1].clone()
         return BatchFeatures(features, samples, used, self.provider.stats.since(before))
 
-    def _held_for(self, samples: int) -> Tensor:
+    def _held(self) -> tuple[Sample, Tensor]:
         if self.held is None:
             facts = {"held key": self.strategy.held_key, "expected": "a feature that was looked up in an earlier step"}
             raise ConditionError("cannot hold a feature over steps: the step that chose it did not end", facts, "restart the run")
-        return self.held.expand(samples, -1)
+        return self.held
+
+
+def _not_kept() -> Image:
+    raise ConditionError("the pixels of a held image are not kept", {"expected": "its feature alone is held"}, "report this")

@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary
 
 from vlmfilm_plugin.errors import EncoderError
 from vlmfilm_plugin.features.provider import FeatureProvider
-from vlmfilm_plugin.features.shuffle_donor import ShuffleDonors
+from vlmfilm_plugin.features.shuffle import Shuffle
+from vlmfilm_plugin.features.shuffle_donor import DataSets, ShuffleDonors
 from vlmfilm_plugin.film.module import FilmModule
 from vlmfilm_plugin.run.batch_strategy import BatchStrategy
 from vlmfilm_plugin.run.feature_lookup import FeatureLookup
@@ -23,12 +24,13 @@ class FilmState:
     Attributes:
         settings: those it was built with.
         provider: of its encoder's features; modules with equal settings share one.
-        donors: what draws shuffle donors for images alone in their batch; one for each provider.
+        donors: the rule of mode `shuffle` for its features.
         lookup: its features, through its own strategy.
     """
 
-    def __init__(self, settings: Settings, provider: FeatureProvider, donors: ShuffleDonors) -> None:
-        self.settings, self.provider, self.donors = settings, provider, donors
+    def __init__(self, settings: Settings, provider: FeatureProvider, data_sets: DataSets) -> None:
+        self.settings, self.provider = settings, provider
+        self.donors = ShuffleDonors(provider, Shuffle.from_settings(settings), data_sets)
         strategy = BatchStrategy(settings.batch_strategy, settings.reuse_policy, settings.update_interval_steps_train)
         self.lookup = FeatureLookup(provider, strategy)
 
@@ -38,14 +40,15 @@ class FilmStates:
 
     Args:
         settings: the settings of the run now, for a module that came by another way than being built here (unpickled).
+        data_sets: those of the host, among whose images shuffle donors are drawn.
     """
 
-    def __init__(self, settings: Callable[[], Settings]) -> None:
-        self._current = settings
+    def __init__(self, settings: Callable[[], Settings], data_sets: DataSets | None = None) -> None:
+        self._current, self._data_sets = settings, data_sets or DataSets()
         self._states: WeakKeyDictionary[FilmModule, FilmState] = WeakKeyDictionary()
         # By `film_id`: a UNet and its copies. A process may load several checkpoints, each with settings of its own.
         self._built_with: dict[str, Settings] = {}
-        self._providers: dict[tuple[str | None, ...], tuple[FeatureProvider, ShuffleDonors]] = {}
+        self._providers: dict[tuple[str | None, ...], FeatureProvider] = {}
 
     def built(self, film: FilmModule, settings: Settings) -> None:
         """Note the settings that a module, and every copy of it, was built with."""
@@ -63,10 +66,10 @@ class FilmStates:
         """
         if film not in self._states:
             settings = self.settings_of(film)
-            self._states[film] = FilmState(settings, *self._provider(settings, film.architecture.fingerprint))
+            self._states[film] = FilmState(settings, self._provider(settings, film.architecture.fingerprint), self._data_sets)
         return self._states[film]
 
-    def _provider(self, settings: Settings, fingerprint: str | None) -> tuple[FeatureProvider, ShuffleDonors]:
+    def _provider(self, settings: Settings, fingerprint: str | None) -> FeatureProvider:
         key = (fingerprint, settings.store, settings.cache_dir, settings.embedding_dtype, settings.on_missing_feature, settings.dataset_root)
         if key not in self._providers:
             provider = FeatureProvider.from_settings(settings)
@@ -77,5 +80,5 @@ class FilmStates:
                     {"found": found, "expected": fingerprint, "model_name": settings.model_name},
                     "restart the run: the model's files changed while it was running",
                 )
-            self._providers[key] = provider, ShuffleDonors(provider)
+            self._providers[key] = provider
         return self._providers[key]

@@ -1,4 +1,4 @@
-"""The log lines of a FiLM run, from statistics taken on logged steps only.
+"""The log lines of FiLM, from statistics taken on logged steps only: those of a run, and those of a model that calls FiLM by hand.
 
 `[FILM-DBG]` one line a stage on logged steps, `[FILM-VAL]` means at the end of a validation, `[FILM-WARN]` when gamma and beta stay
 constant, `[FILM-SHUFFLE]` once an epoch, `[VLM] cache_stats`. Reading a statistic synchronises the device: nothing here runs else.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +20,107 @@ from vlmfilm_plugin.features.cache_key import split_in
 from vlmfilm_plugin.features.provider import CacheStats
 from vlmfilm_plugin.features.shuffle import permutation_hash
 from vlmfilm_plugin.film.statistics import statistics
-from vlmfilm_plugin.log import film_logger
+from vlmfilm_plugin.log import film_logger, is_rank_zero
 from vlmfilm_plugin.settings.record import Settings
 
 CONSTANT_STD = 1e-6
 
 CONSTANT_INTERVALS = 5
+
+# What every `[FILM-DBG]` line holds, in this order; None where it does not exist.
+FIELDS = (
+    *("stage", "step", "B", "split_key", "cache_key_example", "cond_source", "cond_dim", "cond_norm_mean", "cond_norm_std"),
+    *("cond_cos_mean", "cond_cos_min", "cond_cos_max", "film_mode", "film_bypass", "gamma_mean", "gamma_std", "gamma_dev_mean", "gamma_dev_std"),
+    *("beta_mean", "beta_std", "beta_norm_mean", "beta_norm_std", "x_pre_norm_mean", "x_post_norm_mean", "mean_abs_diff", "max_abs_diff"),
+    *("rel_delta_mean", "rel_delta_p50", "rel_delta_p95", "cache_total", "cache_hit", "cache_miss", "hit_rate", "mem_hit", "disk_hit"),
+    *("mixed_keys", "shuffle_perm_hash", "film_apply_point", "film_stage_idx"),
+)
+
+
+def line_of(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `[FILM-DBG]` line in their order, then any others; of several values the last that is not None."""
+    row: dict[str, Any] = dict.fromkeys(FIELDS)
+    for part in parts:
+        row.update({name: value for name, value in part.items() if value is not None or name not in row})
+    return row
+
+
+def key_fields(keys: Sequence[str]) -> dict[str, Any]:
+    """Return the fields that name the images of a batch by their keys: `split:name`."""
+    splits = {split_in(key) for key in keys}
+    return {"split_key": split_in(keys[0]) if keys else None, "cache_key_example": keys[0] if keys else None, "mixed_keys": len(splits) > 1}
+
+
+def cache_fields(stats: CacheStats) -> dict[str, Any]:
+    """Return the fields of the cache."""
+    return {
+        "cache_total": stats.total,
+        "cache_hit": stats.hit,
+        "cache_miss": stats.miss,
+        "hit_rate": round(stats.hit_rate, 4),
+        "mem_hit": stats.mem_hit,
+        "disk_hit": stats.disk_hit,
+    }
+
+
+def write_cache_key(key: str, source: str) -> None:
+    """Write how the images of a batch are named, `[VLM] cache_key_...`: the first one's key, and what gave it."""
+    film_logger().info("[VLM] cache_key_example: %s", key)
+    film_logger().info("[VLM] cache_key_source: %s", source)
+
+
+class ModelLines:
+    """The lines of one model: writes them, and remembers what the next ones need."""
+
+    def __init__(self) -> None:
+        self._constant: Counter[tuple[str, int]] = Counter()
+        self._validation: list[dict[str, Any]] = []
+        self._shuffled: Hashable = self
+
+    def debug(self, row: dict[str, Any], *, is_validation: bool, is_watched: bool) -> None:
+        """Write `[FILM-DBG]` for one stage, keep it for `[FILM-VAL]` in a validation, and count for `[FILM-WARN]` where it is watched."""
+        film_logger().info("[FILM-DBG] %s", _json(row))
+        if is_validation:
+            self._validation.append(row)
+        if is_watched:
+            self._watch(row)
+
+    def report_validation(self, calls: int = 0) -> None:
+        """Write `[FILM-VAL]`: means of the validation's logged statistics; nothing where there are none and no calls either.
+
+        Args:
+            calls: how often FiLM was applied in the validation, logged or not, where that is counted.
+        """
+        rows, self._validation = self._validation, []
+        if not rows:
+            if calls:
+                film_logger().info("[FILM-VAL] %s", _json({"stage": "val", "logged_steps": 0}))
+            return
+        # A value may not exist in one row and exist in the next: a batch of one has no cosines.
+        numbers = [name for name in rows[0] if any(isinstance(row.get(name), float) for row in rows)]
+        means = {name: _mean([row[name] for row in rows if isinstance(row.get(name), float)]) for name in numbers}
+        same = {name: rows[-1].get(name) for name in ("stage", "step", "epoch", "film_mode", "film_apply_point")}
+        steps = max(Counter(row["film_stage_idx"] for row in rows).values())
+        film_logger().info("[FILM-VAL] %s", _json({**same, "logged_steps": steps, **means}))
+
+    def shuffled(self, epoch: Hashable, permutation: Sequence[int], note: str = "") -> None:
+        """Write `[FILM-SHUFFLE]`, once an epoch."""
+        if self._shuffled != epoch:
+            self._shuffled = epoch
+            film_logger().info("[FILM-SHUFFLE] perm_first10=%s%s", list(permutation[:10]), note)
+
+    def _watch(self, row: Mapping[str, Any]) -> None:
+        place = (row["stage"], row["film_stage_idx"])
+        self._constant[place] = self._constant[place] + 1 if row["gamma_std"] < CONSTANT_STD and row["beta_std"] < CONSTANT_STD else 0
+        if self._constant[place] == CONSTANT_INTERVALS:
+            film_logger().warning(
+                "[FILM-WARN] decoder stage %d: gamma and beta have been constant (std < %g) for %d logged intervals, "
+                "up to step %s: FiLM does nothing there",
+                row["film_stage_idx"],
+                CONSTANT_STD,
+                CONSTANT_INTERVALS,
+                row["step"],
+            )
 
 
 @dataclass
@@ -43,36 +139,30 @@ class StepFacts:
     cache: CacheStats = field(default_factory=CacheStats)
     has_mixed_keys: bool = False
     permutation: Sequence[int] | None = None
+    film_id: str = ""
 
-    def head(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """Return the fields that are the same for every stage."""
-        key = self.keys[0] if self.keys else None
+        named = key_fields(self.keys)
         return {
             "stage": self.phase,
             "step": self.step,
             "epoch": self.epoch,
             "batch_idx": self.batch_idx,
             "B": self.samples,
-            "split_key": split_in(key) if key else None,
-            "cache_key_example": key,
-            "cond_source": self.cond_source,
+            **named,
+            "mixed_keys": self.has_mixed_keys or named["mixed_keys"],
+            "cond_source": COND_SOURCES.get(self.cond_source, self.cond_source),
             "film_mode": self.mode,
             "film_bypass": self.mode == "off",
             "film_apply_point": self.apply_point,
-        }
-
-    def tail(self) -> dict[str, Any]:
-        """Return the fields of cache and shuffling."""
-        return {
-            "cache_total": self.cache.total,
-            "cache_hit": self.cache.hit,
-            "cache_miss": self.cache.miss,
-            "hit_rate": round(self.cache.hit_rate, 4),
-            "mem_hit": self.cache.mem_hit,
-            "disk_hit": self.cache.disk_hit,
-            "mixed_keys": self.has_mixed_keys,
+            **cache_fields(self.cache),
             "shuffle_perm_hash": None if self.permutation is None else permutation_hash(self.permutation),
         }
+
+
+# What a condition is made from, in the words of the soft-seg port.
+COND_SOURCES = {"image": "image_global", "text": "text_prompt"}
 
 
 class Diagnostics:
@@ -83,16 +173,15 @@ class Diagnostics:
         self._every_other = settings.film_log_every_n_steps_val
         self._stats_every = settings.vlm_cache_stats_every_n_steps if settings.vlm_cache_stats_enabled else None
         self._logged_step: int | None = None
-        self._shuffled: tuple[str, int | None] | None = None
         self._stats_step: int | None = None
-        self._constant: dict[int, int] = {}
-        self._validation: list[dict[str, Any]] = []
         self._warned_of_tensors: set[str] = set()
+        # By `film_id`: a UNet and its copies.
+        self._lines: defaultdict[str, ModelLines] = defaultdict(ModelLines)
 
     def is_logged(self, phase: str, step: int | None, batch_idx: int | None) -> bool:
-        """Tell whether this step is logged; with gradient accumulation, the first batch of a step alone."""
+        """Tell whether this step is logged, on rank zero; with gradient accumulation, the first batch of a step alone."""
         count = step if phase == "train" else batch_idx
-        if count is None or count % self._every.get(phase, self._every_other):
+        if not is_rank_zero() or count is None or count % self._every.get(phase, self._every_other):
             return False
         if phase == "train":
             is_repeated, self._logged_step = step == self._logged_step, step
@@ -100,25 +189,18 @@ class Diagnostics:
         return True
 
     def enter_phase(self, phase: str) -> None:
-        """Note the phase of a step that begins: the first training step after a validation reports that validation."""
-        if phase == "train":
+        """Note the phase of a step that begins: the first step of another phase after a validation reports that validation."""
+        if phase != "val":
             self.report_validation()
 
     def report_validation(self) -> None:
-        """Write `[FILM-VAL]`: means of the validation's logged statistics; nothing where there are none."""
-        rows, self._validation = self._validation, []
-        if not rows:
-            return
-        numbers = [name for name, value in rows[0].items() if isinstance(value, float)]
-        means = {name: _mean([row[name] for row in rows if row[name] is not None]) for name in numbers}
-        same = {name: rows[-1][name] for name in ("stage", "step", "epoch", "film_mode", "film_apply_point")}
-        film_logger().info("[FILM-VAL] %s", _json({**same, "logged_steps": len({row["batch_idx"] for row in rows}), **means}))
+        """Write `[FILM-VAL]`, one line a model that was validated."""
+        for lines in self._lines.values():
+            lines.report_validation()
 
     def shuffled(self, phase: str, epoch: int | None, permutation: Sequence[int], note: str = "") -> None:
         """Write `[FILM-SHUFFLE]` once an epoch and phase."""
-        if self._shuffled != (phase, epoch):
-            self._shuffled = (phase, epoch)
-            film_logger().info("[FILM-SHUFFLE] perm_first10=%s%s", list(permutation[:10]), note)
+        self._lines[""].shuffled((phase, epoch), permutation, note)
 
     def warn_of_tensors(self, phase: str) -> None:
         """Say once a phase that images are encoded as the host passes them, since no file was found for them."""
@@ -141,25 +223,8 @@ class Diagnostics:
 
     def add(self, facts: StepFacts, stage: int, numbers: dict[str, Any]) -> None:
         """Write `[FILM-DBG]` for one stage of a logged step, and keep count for the other lines."""
-        row = {**facts.head(), "film_stage_idx": stage, **numbers, **facts.tail()}
-        film_logger().info("[FILM-DBG] %s", _json(row))
-        if facts.phase == "val":
-            self._validation.append(row)
-        elif facts.phase == "train" and facts.mode != "off":
-            self._watch(stage, numbers, facts)
-
-    def _watch(self, stage: int, numbers: dict[str, Any], facts: StepFacts) -> None:
-        is_constant = numbers["gamma_std"] < CONSTANT_STD and numbers["beta_std"] < CONSTANT_STD
-        self._constant[stage] = self._constant.get(stage, 0) + 1 if is_constant else 0
-        if self._constant[stage] == CONSTANT_INTERVALS:
-            film_logger().warning(
-                "[FILM-WARN] decoder stage %d: gamma and beta have been constant (std < %g) for %d logged intervals, "
-                "up to step %s: FiLM does nothing there",
-                stage,
-                CONSTANT_STD,
-                CONSTANT_INTERVALS,
-                facts.step,
-            )
+        row = line_of(facts.fields(), {"film_stage_idx": stage}, numbers)
+        self._lines[facts.film_id].debug(row, is_validation=facts.phase == "val", is_watched=facts.phase == "train" and facts.mode != "off")
 
 
 class StageRecorder:
@@ -183,10 +248,16 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _json(row: dict[str, Any]) -> str:
-    return json.dumps({name: _number(value) if isinstance(value, float) else value for name, value in row.items()})
+def _json(row: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(row), default=str)
 
 
-def _number(value: float) -> float | str:
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
     # JSON has no NaN and no infinity; a diverged run must stay readable.
-    return round(value, 8) if math.isfinite(value) else str(value)
+    if isinstance(value, float):
+        return round(value, 8) if math.isfinite(value) else str(value)
+    return value

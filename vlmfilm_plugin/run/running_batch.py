@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from vlmfilm_plugin.errors import ConditionError
-from vlmfilm_plugin.features.shuffle import exchange
 from vlmfilm_plugin.film.gates import GateView, check_gate, find_gate
 from vlmfilm_plugin.film.module import FilmModule
 from vlmfilm_plugin.forward.context import ForwardContext
@@ -21,7 +20,6 @@ from vlmfilm_plugin.run.film_state import FilmState, FilmStates
 from vlmfilm_plugin.run.kept_contexts import KeptContexts
 from vlmfilm_plugin.run.log_lines import Diagnostics, StageRecorder, StepFacts
 from vlmfilm_plugin.run.row_map import RowIndex
-from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -127,27 +125,23 @@ class RunningBatch:
     def _step_facts(self, film: FilmModule, found: BatchFeatures | None, permutation: list[int] | None) -> StepFacts:
         given, architecture = self.given, film.architecture
         facts = StepFacts(given.phase, given.step, given.epoch, given.batch_idx, self.image.shape[0], film.mode, architecture.apply_point, "none")
+        facts.film_id = film.film_id
         if found is not None:
             facts.cond_source = "text" if architecture.is_text else "image"
             facts.keys, facts.cache, facts.has_mixed_keys, facts.permutation = found.keys, found.cache, found.has_mixed_keys, permutation
         return facts
 
     def _shuffle(self, state: FilmState, found: BatchFeatures) -> tuple[Tensor, list[int]]:
-        """Return features of other images: permuted by the step alone, or, where all rows have one image's, another's from the store."""
-        given, step, keys = self.given, self.given.step or 0, found.used
-        permutation = exchange(keys, step)
+        """Return features of other images: exchanged inside the batch, or, where all rows have one image's, a donor's."""
+        given, step = self.given, self.given.step or 0
+        permutation = state.donors.exchange([sample.key for sample in found.used], found.features, step)
         if permutation is not None:
             self._diagnostics.shuffled(given.phase, given.epoch, permutation)
             return found.features[permutation], permutation
-        drawn = state.donors.draw(found.samples[0], step * 1_000_003 + (given.batch_idx or 0), self._files)
-        if drawn is None:
-            raise ConditionError(
-                "cannot shuffle a batch of one image: the store holds no other image's feature",
-                {"image": keys[0], "store": state.provider.store.path, "expected": "at least one other feature of this encoder"},
-                f"run {MODE_VARIABLE}=on over the data first, or use a batch size of 2 or more",
-            )
-        self._diagnostics.shuffled(given.phase, given.epoch, [0], f" batch of one image: {keys[0]} is conditioned on {drawn[0]}")
-        return drawn[1].expand(len(keys), -1), [0] * len(keys)
+        alone = found.used[0]
+        donor, feature = state.donors.donor(alone, step)
+        self._diagnostics.shuffled(given.phase, given.epoch, [0], f" batch of one image: {alone.key} is conditioned on {donor}")
+        return feature.expand(len(found.used), -1), [0] * len(found.used)
 
 
 def image_of(batch: Any) -> Tensor:

@@ -18,6 +18,7 @@ from vlmfilm_plugin.checkpoints.facts import CheckpointFacts, resolve_with
 from vlmfilm_plugin.checkpoints.metadata import adapt, write_metadata
 from vlmfilm_plugin.checkpoints.peek import peek
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
+from vlmfilm_plugin.features.shuffle_donor import DataSets
 from vlmfilm_plugin.film.freezing import freeze_host, keep_trainable, refuse_unfrozen
 from vlmfilm_plugin.film.module import ATTRIBUTE, film_modules
 from vlmfilm_plugin.forward import context as conditioning
@@ -50,7 +51,8 @@ class Runtime:
         self._counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self._settings: Settings | None = None
         self._diagnostics: Diagnostics | None = None
-        self.states = FilmStates(lambda: self.settings)
+        self._data_sets = DataSets()
+        self.states = FilmStates(lambda: self.settings, self._data_sets)
         self.files: dict[str, Path | None] = {}
         self.attached = 0
         # Models and UNets with FiLM of their own, left to their owners.
@@ -145,7 +147,9 @@ class Runtime:
 
     def learn_image_files(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Note the untouched file behind each name; a name that stands for two files stands for neither from then on."""
-        for name, path in pairs:
+        listed = list(pairs)
+        self._data_sets.learn(listed)
+        for name, path in listed:
             known = self.files.setdefault(name, Path(path))
             if known != Path(path):
                 self.files[name] = None

@@ -56,6 +56,9 @@ class Settings:
     reuse_policy: str = _setting("step_interval", "str", choices=("step_interval", "image_id"))
     update_interval_steps_train: int = _setting(100, "int", low=1)
     update_interval_steps_eval: int = _setting(1, "int", low=1)
+    # mode shuffle
+    shuffle_seed: int = _setting(0, "int", low=0)
+    shuffle_pairs_file: str | None = _setting(None, "path", optional=True)
     # FiLM
     cond_dim: int = _setting(256, "int", low=1)
     text_mlp_hidden_dim: int = _setting(256, "int", low=1)

@@ -1,13 +1,12 @@
 """Angiography frames in `{train,val,test}/{image,label}/*.png`, every frame normalised by itself."""
 
-from pathlib import Path
-
 import lightning.pytorch as L
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from src.data.base_dataset import BaseOCTDataset
 from src.registry.base import DATASET_REGISTRY
 
 
@@ -18,24 +17,14 @@ def normalise(pixels):
     return (pixels - low) / max(high - low, 1.0) * 2 - 1
 
 
-class AngioDataset(Dataset):
+class AngioDataset(BaseOCTDataset):
     """One split; training images are flipped at random."""
 
-    def __init__(self, folder, augment=False):
-        self.folder = Path(folder)
-        self.augment = augment
-        self.paths = sorted((self.folder / "image").glob("*.png"))
-        if not self.paths:
-            raise FileNotFoundError(f"no images in {self.folder / 'image'}")
-
-    def __len__(self):
-        return len(self.paths)
-
     def __getitem__(self, index):
-        path = self.paths[index]
-        image = torch.from_numpy(normalise(np.asarray(Image.open(path).convert("L"))))[None]
-        label = torch.from_numpy(np.asarray(Image.open(self.folder / "label" / path.name).convert("L")) > 127).float()[None]
-        if self.augment:
+        sample = self.data[index]
+        image = torch.from_numpy(normalise(np.asarray(Image.open(sample["image"]).convert("L"))))[None]
+        label = torch.from_numpy(np.asarray(Image.open(sample["label"]).convert("L")) > 127).float()[None]
+        if self.augmentation:
             dims = [dim for dim, flip in zip((-2, -1), torch.rand(2) < 0.5, strict=True) if flip]
             image, label = image.flip(dims), label.flip(dims)
         return {
@@ -43,8 +32,8 @@ class AngioDataset(Dataset):
             "label": label,
             "geometry": label * 2 - 1,
             "coordinate": torch.stack(torch.meshgrid(*(torch.linspace(-1, 1, n) for n in label.shape[-2:]), indexing="xy")),
-            "name": f"{self.folder.name}/image/{path.name}",
-            "image_meta_dict": {"filename_or_obj": str(path)},
+            "name": sample["name"],
+            "image_meta_dict": {"filename_or_obj": sample["image"]},
         }
 
 
@@ -57,7 +46,7 @@ class AngioDataModule(L.LightningDataModule):
         self.num_workers = num_workers
 
     def _loader(self, split, batch_size, train=False):
-        data = AngioDataset(self.folders[split], augment=train)
+        data = AngioDataset(self.folders[split], augmentation=train)
         return DataLoader(data, batch_size=batch_size, shuffle=train, drop_last=train, num_workers=self.num_workers)
 
     def train_dataloader(self):
