@@ -306,7 +306,7 @@ def images(count: int = B, seed: int = 0) -> Tensor:
 
 
 def stored(conditioner: VLMConditioner) -> set[str]:
-    return set(conditioner._source.store.keys(conditioner._source.encoder.identity))
+    return set(conditioner._provider.store.keys(conditioner._provider.encoder.identity))
 
 
 def test_conditioner_and_film_log_like_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

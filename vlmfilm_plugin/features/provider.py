@@ -36,8 +36,8 @@ _logger = logging.getLogger("vlmfilm.features")
 
 _MEMORY_ITEMS = 16384
 
-# Key and file of an image; as text, since paths are hashed slowly.
-ImageId = tuple[str, str | None]
+# Key and file of an image (as text, since paths are hashed slowly), and the content of stamped pixels without a file.
+ImageId = tuple[str, str | None, str | None]
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Sample:
 
     @property
     def image(self) -> ImageId:
-        """Return what tells this image from others: files of one key are different images."""
-        return self.key, None if self.path is None else str(self.path)
+        """Return what tells this image from others: its key, its file, and the content of stamped pixels without a file."""
+        return self.key, None if self.path is None else str(self.path), None if self.stamp is None else self.stamp.digest
 
 
 @dataclass
@@ -151,7 +151,7 @@ class FeatureProvider:
     def get(self, samples: Sequence[Sample]) -> Tensor:
         """Return the features (N, F) of samples, row i of sample i: float32, CPU."""
         with self._lock:
-            images = [(sample.key, None if sample.path is None else str(sample.path)) for sample in samples]
+            images = [sample.image for sample in samples]
             wanted = dict(zip(images, samples, strict=True))
             found = self._from_memory(wanted)
             in_memory, missed = set(found), set()
@@ -204,7 +204,7 @@ class FeatureProvider:
         found = {}
         for image in wanted:
             stored = self._memory.get(image)
-            if stored is not None and (current := _current((stored,), image[1])) is not None:
+            if stored is not None and (current := _current((stored,), image)) is not None:
                 found[image] = current
         self._remember(found)
         return found
@@ -223,7 +223,7 @@ class FeatureProvider:
         elsewhere: dict[ImageId, int] = {}
         for image, sample in wanted.items():
             rows = by_key.get(sample.key, [])
-            current = _current(rows, image[1])
+            current = _current(rows, image)
             if current is not None and self._fits(current):
                 found[image] = current
             elif current is None and sample.path is not None and sample.path.is_file():
@@ -315,12 +315,16 @@ def stack(rows: Sequence[StoredFeature]) -> Tensor:
     return torch.from_numpy(np.stack([row.feature for row in rows])).float()
 
 
-def _current(rows: Sequence[StoredFeature], path: str | None) -> StoredFeature | None:
-    """Return the row that was made from the very file at `path` (by place, size and time, else by content), or None; where None, from no file."""
+def _current(rows: Sequence[StoredFeature], image: ImageId) -> StoredFeature | None:
+    """Return the row that was made from the very file of an image (by place, size and time, else by content), or None.
+
+    Of an image without a file: the row of the same stamped pixels, else one that was made from no file.
+    """
     if not rows:
         return None
+    _, path, digest = image
     if path is None:
-        return next((row for row in reversed(rows) if row.stamp is None), None)
+        return next((row for row in reversed(rows) if (None if row.stamp is None else row.stamp.digest) == digest), None)
     try:
         status = os.stat(path)
     except OSError:
