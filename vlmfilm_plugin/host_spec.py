@@ -14,7 +14,6 @@ from typing import Any
 import pluggy
 
 PROJECT = "vlmfilm"
-ENTRY_POINTS = "vlmfilm.hosts"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,14 +21,22 @@ from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
 from vlmfilm_plugin.film.targets import Target, match_targets, select_stages
 from vlmfilm_plugin.forward.handle import FilmHandle
 from vlmfilm_plugin.forward.module_hooks import CloseContext, ModulateBlock, OpenContext
-from vlmfilm_plugin.settings.layers import environment_layers, resolve
+from vlmfilm_plugin.log import film_logger
+from vlmfilm_plugin.settings.arguments import signature_with_settings
+from vlmfilm_plugin.settings.layers import layers_of, resolve
 from vlmfilm_plugin.settings.mode import read_mode
+from vlmfilm_plugin.settings.port_names import without_effect
 from vlmfilm_plugin.settings.record import Settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from vlmfilm_plugin.settings.arguments import SettingsArguments
 
 DEFAULT_TARGETS: Mapping[str, str] = {"post_block2": "ups.*.1", "post_block1": "ups.*.0"}
 
 
-def attach(unet: nn.Module, *, feature_dim: int | None = None, **settings: object) -> FilmHandle:
+def attach(unet: nn.Module, *, feature_dim: int | None = None, **settings: Unpack[SettingsArguments]) -> FilmHandle:
     """Attach FiLM to a UNet by hand: for notebooks, and for hosts without a host adapter.
 
     Args:
@@ -43,8 +52,14 @@ def attach(unet: nn.Module, *, feature_dim: int | None = None, **settings: objec
         TargetMatchError: no module matched, or a stage does not exist.
         HostError: the module carries FiLM already, or a block's channels cannot be told.
     """
-    resolved = resolve([*environment_layers(os.environ), ("argument", settings)])
+    resolved = resolve(layers_of(os.environ, arguments=settings))
+    if (line := without_effect(resolved)) is not None:
+        film_logger().info("[VLM] settings without effect here: %s", line)
     return install(unet, resolved, read_mode() or "on", feature_dim=feature_dim)
+
+
+# For editors that ask the running function rather than its types, such as a notebook's.
+attach.__signature__ = signature_with_settings(attach)  # type: ignore[attr-defined]
 
 
 def install(

@@ -29,8 +29,9 @@ from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.run.batch_strategy import BatchStrategy
 from vlmfilm_plugin.run.log_lines import Diagnostics
 from vlmfilm_plugin.run.running_batch import RunningBatch
-from vlmfilm_plugin.settings.layers import Layer, environment_layers, resolve
+from vlmfilm_plugin.settings.layers import layers_of, resolve
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE, refuse_changed_mode
+from vlmfilm_plugin.settings.port_names import without_effect
 from vlmfilm_plugin.settings.record import Settings
 
 
@@ -45,7 +46,7 @@ class Runtime:
 
     def __init__(self, mode: str, environ: Mapping[str, str], base_dir: str) -> None:
         self.mode, self._environ, self._base_dir = mode, dict(environ), base_dir
-        self._host_layers: list[Layer] = []
+        self._host_config: Mapping[str, object] | None = None
         self._facts: CheckpointFacts | None = None
         self._providers: dict[tuple[str | None, ...], FeatureProvider] = {}
         self._donors: dict[FeatureProvider, ShuffleDonors] = {}
@@ -55,6 +56,7 @@ class Runtime:
         # By `film_id`: a UNet and its copies. A process may load several checkpoints, each with settings of its own.
         self._settings_by_film_id: dict[str, Settings] = {}
         self._warned_of_tensors: set[str] = set()
+        self._said: set[str] = set()
         self._settings: Settings | None = None
         self._diagnostics: Diagnostics | None = None
         self.files: dict[str, Path | None] = {}
@@ -70,13 +72,7 @@ class Runtime:
         return self._settings
 
     def _resolve(self) -> Settings:
-        layers: list[Layer] = []
-        if self._facts is not None:
-            layers.append((f"checkpoint {self._facts.path}", self._facts.encoder))
-        layers += [*self._host_layers, *environment_layers(self._environ, self._base_dir)]
-        if self._facts is not None:
-            layers.append((f"checkpoint {self._facts.path}", self._facts.architecture))
-        settings = resolve(layers, self._base_dir)
+        settings = resolve(layers_of(self._environ, self._base_dir, recorded=self._facts, host=self._host_config), self._base_dir)
         if not settings.use_vlm_film:
             raise SettingsError(
                 "this run was asked to be FiLM and not to be FiLM",
@@ -94,7 +90,7 @@ class Runtime:
 
     def host_config(self, values: Mapping[str, object], resume: str | None) -> None:
         """Take settings from the host's own configuration, and from the checkpoint it will resume from."""
-        self._host_layers = [("host config", values)]
+        self._host_config = values
         self._facts = peek(resume)
         self._settings = self._diagnostics = None
 
@@ -121,6 +117,7 @@ class Runtime:
             refuse_changed_mode(self._environ[MODE_VARIABLE])
         handle = install(unet, settings, self.mode, targets=spec.targets, channels=spec.channels, condition=spec.condition)
         self.attached += 1
+        self._say_without_effect(settings)
         self._settings_by_film_id[handle.film.film_id] = settings
         stages = ", ".join(f"{stage.index} ({stage.path}, {stage.channels})" for stage in handle.stages)
         film_logger().info(
@@ -132,6 +129,12 @@ class Runtime:
             stages,
         )
         return handle
+
+    def _say_without_effect(self, settings: Settings) -> None:
+        line = without_effect(settings)
+        if line is not None and line not in self._said:
+            self._said.add(line)
+            film_logger().info("[VLM] settings without effect here: %s", line)
 
     def require_film(self, model: nn.Module, host: str) -> None:
         """Check that a host's model contains FiLM once it is built.

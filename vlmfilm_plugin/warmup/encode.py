@@ -20,7 +20,7 @@ from vlmfilm_plugin.checkpoints.peek import peek
 from vlmfilm_plugin.errors import EncoderError, FeatureError, ImageReadError, VlmFilmError
 from vlmfilm_plugin.features.provider import FeatureProvider, Sample
 from vlmfilm_plugin.features.store.store import SourceStamp
-from vlmfilm_plugin.settings.layers import Layer, environment_layers, resolve
+from vlmfilm_plugin.settings.layers import layers_of, resolve
 from vlmfilm_plugin.settings.record import Settings
 from vlmfilm_plugin.warmup.image_list import Plan, read_plan, samples_of
 from vlmfilm_plugin.warmup.processes import Ranks, WarmupProgress, WarmupReport
@@ -98,10 +98,7 @@ def warm_up(
 
 
 def _settings(plan: Plan, given: Mapping[str, object]) -> Settings:
-    layers: list[Layer] = []
-    if (facts := peek(plan.resume)) is not None:
-        layers.append((f"checkpoint {facts.path}", facts.encoder))
-    return resolve([*layers, ("host config", plan.settings), *environment_layers(os.environ), ("argument", given)])
+    return resolve(layers_of(os.environ, recorded=peek(plan.resume), host=plan.settings, arguments=given))
 
 
 class _Warmup:
