@@ -57,6 +57,23 @@ def first_argument(arguments: Mapping[str, Any]) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Masks:
+    """Where a host holds the mask that its UNet is about, for spatial gates; None is "not stated", and a gate that needs it is refused.
+
+    Functions of a module, not lambdas: they are copied and pickled with the UNet.
+
+    Attributes:
+        state: the UNet's input x (R, C, H, W) -> the mask in it (R, 1, H, W), in [0, 1].
+        prediction: what the UNet's forward returns -> the logits of its mask (R, 1, H, W): their sigmoid is the mask.
+        truth: the batch -> its ground truth (B, 1, H, W), in [0, 1].
+    """
+
+    state: Callable[[Any], Any] | None = None
+    prediction: Callable[[Any], Any] | None = None
+    truth: Callable[[Any], Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class UNet:
     """A UNet class: FiLM is attached when its `__init__` returns.
 
@@ -65,12 +82,14 @@ class UNet:
         targets: apply point -> module path pattern of the blocks, `*` for one component: `{"post_block2": "ups.*.1"}`.
         channels: block -> C, the channels of its output; None reads them off the block's last convolution.
         condition: name of the argument of `forward` that holds the condition image, or None.
+        masks: where the mask is that spatial gates look at.
     """
 
     cls: type
     targets: Mapping[str, str]
     channels: Callable[[Any], int] | None = None
     condition: str | None = "cond"
+    masks: Masks = Masks()
 
 
 @dataclass(frozen=True, kw_only=True)

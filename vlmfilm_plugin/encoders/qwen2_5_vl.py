@@ -79,7 +79,7 @@ class QwenVLMTextGenerator:
         max_new_tokens: the most tokens of a description.
         prompt_template: the prompt; None = the default of the settings.
         pool: `mean` over the tokens of the text, or `last`.
-        settings: any other setting of the encoder, by name.
+        other: any other setting of the encoder, by name.
 
     Raises:
         SettingsError: a bad value.
@@ -94,10 +94,10 @@ class QwenVLMTextGenerator:
         max_new_tokens: int = 48,
         prompt_template: str | None = None,
         pool: str = "mean",
-        **settings: object,
+        **other: object,
     ) -> None:
         named = {"model_name": model_name, "dtype": dtype, "device_map": device_map, "max_new_tokens": max_new_tokens}
-        values = {**named, "prompt_template": prompt_template, "pool": pool, "use_text_prompt_cond": True, **settings}
+        values = {**named, "prompt_template": prompt_template, "pool": pool, "use_text_prompt_cond": True, **other}
         self.settings = resolve([("arguments", values)])
         self._encoder: QwenTextEncoder | None = None
 

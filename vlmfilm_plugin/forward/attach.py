@@ -19,8 +19,10 @@ from vlmfilm_plugin.film.architecture import Architecture, Stage
 from vlmfilm_plugin.film.freezing import freeze_host
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
 from vlmfilm_plugin.film.targets import Target, match_targets, select_stages
+from vlmfilm_plugin.forward.first_pass import only_channel
 from vlmfilm_plugin.forward.handle import FilmHandle
 from vlmfilm_plugin.forward.module_hooks import CloseContext, ModulateBlock, OpenContext
+from vlmfilm_plugin.host_spec import Masks
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.settings.arguments import signature_with_settings
 from vlmfilm_plugin.settings.layers import layers_of, resolve
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     from vlmfilm_plugin.settings.arguments import SettingsArguments
 
+BY_HAND = Masks(prediction=only_channel)
 DEFAULT_TARGETS: Mapping[str, str] = {"post_block2": "ups.*.1", "post_block1": "ups.*.0"}
 
 
@@ -71,11 +74,13 @@ def install(
     targets: Mapping[str, str] = DEFAULT_TARGETS,
     channels: Callable[[nn.Module], int] | None = None,
     condition: str | None = None,
+    masks: Masks = BY_HAND,
 ) -> FilmHandle:
     """Attach FiLM with resolved settings; `attach` and the runtime both come here.
 
     Args:
         condition: name of the argument of `forward` that holds the condition image.
+        masks: where the mask is that spatial gates look at.
     """
     owner = type(unet).__name__
     if feature_dim is not None and (not isinstance(feature_dim, int) or isinstance(feature_dim, bool) or feature_dim < 1):
@@ -103,7 +108,7 @@ def install(
         encoder=None if identity is None else dict(identity.identity.facts),
     )
     film = _build(architecture, mode, unet)
-    undo = _mutate(unet, film, condition)
+    undo = _mutate(unet, film, condition, masks)
     if settings.freeze_host:
         try:
             undo.append(freeze_host(unet, mode, settings))
@@ -151,7 +156,7 @@ def _build(architecture: Architecture, mode: str, unet: nn.Module) -> FilmModule
     return film.train(unet.training)
 
 
-def _mutate(unet: nn.Module, film: FilmModule, condition: str | None) -> list[Callable[[], None]]:
+def _mutate(unet: nn.Module, film: FilmModule, condition: str | None, masks: Masks) -> list[Callable[[], None]]:
     undo: list[Callable[[], None]] = []
     unet.add_module(ATTRIBUTE, film)
 
@@ -163,7 +168,7 @@ def _mutate(unet: nn.Module, film: FilmModule, condition: str | None) -> list[Ca
     undo.append(take_out)
     modules = dict(unet.named_modules())
     handles = [
-        unet.register_forward_pre_hook(OpenContext(list(inspect.signature(type(unet).forward).parameters)[1:], condition), with_kwargs=True),
+        unet.register_forward_pre_hook(OpenContext(list(inspect.signature(type(unet).forward).parameters)[1:], condition, masks), with_kwargs=True),
         unet.register_forward_hook(CloseContext(), always_call=True),
         *(modules[stage.path].register_forward_hook(ModulateBlock(film, head)) for head, stage in enumerate(film.architecture.stages)),
     ]

@@ -20,12 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmfilm_plugin.errors import ConditionError
 
 if TYPE_CHECKING:
+    from vlmfilm_plugin.film.gate_view import MaskReader
+    from vlmfilm_plugin.film.gates import SpatialGate
     from vlmfilm_plugin.film.module import FilmModule
 
 
@@ -48,7 +49,7 @@ class ForwardContext:
         own: the same for the rows.
         recorder: takes statistics, on logged steps only.
         ran: heads whose blocks have run.
-        gate: (R, 1, H, W) or (1, 1, H, W) in [0, 1]: where FiLM acts; None is everywhere.
+        gate: where FiLM acts; None is everywhere.
     """
 
     film: FilmModule
@@ -58,7 +59,7 @@ class ForwardContext:
     own: dict[Any, Any] | None = field(default_factory=dict)
     recorder: Recorder | None = None
     ran: set[int] = field(default_factory=set)
-    gate: Tensor | None = None
+    gate: SpatialGate | None = None
 
     def cond_vec(self) -> Tensor:
         """Return the condition vectors of the samples (S, D)."""
@@ -82,13 +83,6 @@ class ForwardContext:
                 self.own[head] = pair
         return pair
 
-    def gated(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return `x + gate * (y - x)` in x's dtype, the gate resized to x (R, C, h, w); y where there is no gate."""
-        if self.gate is None:
-            return y
-        gate = nn.functional.interpolate(self.gate, size=x.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
-        return torch.lerp(x, y, gate.clamp(0, 1).to(x.dtype).expand_as(x))
-
     def prepare(self) -> None:
         """Compute gamma and beta of every head, and put them where compiled blocks find them."""
         for head, inputs in enumerate(self.film.compiled_inputs):
@@ -110,14 +104,20 @@ class Condition(Protocol):
     def serves(self, film: FilmModule) -> bool:
         """Tell whether this condition is meant for the UNet that holds `film`."""
 
-    def open_context(self, film: FilmModule, x: Tensor, image: Tensor | None) -> ForwardContext:
-        """Return the context of a forward with input x (R, ...) and condition image (R, C, h, w) or None."""
+    def open_context(self, film: FilmModule, x: Tensor, image: Tensor | None, masks: MaskReader | None) -> ForwardContext:
+        """Return the context of a forward with input x (R, ...) and condition image (R, C, h, w) or None.
+
+        Args:
+            masks: where the host holds its masks; None: this forward only serves the gate of another, is not gated and not logged.
+        """
 
 
 class _Stacks(threading.local):
     def __init__(self) -> None:
         self.conditions: list[Condition] = []
         self.contexts: list[ForwardContext] = []
+        # FiLM modules whose UNet runs to serve a gate of its own.
+        self.first_passes: list[FilmModule] = []
 
 
 stacks = _Stacks()

@@ -11,7 +11,8 @@ from torch import Tensor
 from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.features.provider import CacheStats, FeatureProvider, Sample
 from vlmfilm_plugin.features.shuffle import exchange
-from vlmfilm_plugin.film.gates import GateView, check_gate, find_gate
+from vlmfilm_plugin.film.gate_view import GateView, MaskReader
+from vlmfilm_plugin.film.gates import SpatialGate, gate_of
 from vlmfilm_plugin.film.module import FilmModule
 from vlmfilm_plugin.forward.context import ForwardContext
 from vlmfilm_plugin.host_spec import RowMap, RowView
@@ -62,22 +63,23 @@ class RunningBatch:
     def serves(self, film: FilmModule) -> bool:
         return True
 
-    def open_context(self, film: FilmModule, x: Tensor, image: Tensor | None) -> ForwardContext:
+    def open_context(self, film: FilmModule, x: Tensor, image: Tensor | None, masks: MaskReader | None) -> ForwardContext:
         """Return the context of a forward; in evaluation what was computed for a batch is kept for all its forwards."""
         if film.mode == "off":
             return ForwardContext(film, None, recorder=self._recorder(film))
-        gate = self._gate(film, x, image)
         index = self._index_of(x, image)
         features = self._features_for(film, x.device)
+        gate = None if masks is None else self._gate(film, x, image, index, masks)
+        recorder = None if masks is None else self._recorder(film)
         if film.training or torch.is_grad_enabled():
-            return ForwardContext(film, features, index, recorder=self._recorder(film), gate=gate)
+            return ForwardContext(film, features, index, recorder=recorder, gate=gate)
         self._forget_if_changed(film)
         key = (id(film), x.shape[0], x.device, id(index))
         if key not in self._kept:
             shared = next((context.shared for (owner, *_), context in self._kept.items() if owner == id(film)), {})
             self._kept[key] = ForwardContext(film, features, index, shared=shared)
         context = self._kept[key]
-        context.recorder, context.gate = self._recorder(film), gate
+        context.recorder, context.gate = recorder, gate
         context.ran.clear()
         return context
 
@@ -94,10 +96,10 @@ class RunningBatch:
             del self._kept[key]
         self._change_probes[id(film)] = [probe.detach().clone() for probe in now]
 
-    def _gate(self, film: FilmModule, x: Tensor, image: Tensor | None) -> Tensor | None:
-        settings = self._runtime.settings_of(film)
-        gate = find_gate(settings.spatial_gate, settings.origin("spatial_gate"))
-        return None if gate is None else check_gate(gate(GateView(x, image, self._batch, self.phase)), x)
+    def _gate(self, film: FilmModule, x: Tensor, image: Tensor | None, index: Tensor | None, masks: MaskReader) -> SpatialGate | None:
+        samples = self.image.shape[0]
+        view = GateView(x, image, self._batch, self.phase, rows=index, samples=samples, epoch=self.epoch, masks=masks)
+        return gate_of(self._runtime.settings_of(film), view, film.architecture.stages)
 
     def _recorder(self, film: FilmModule) -> StageRecorder | None:
         if not self._is_logged or film.film_id in self._recorded:

@@ -115,7 +115,7 @@ class Runtime:
         settings = self.settings
         if MODE_VARIABLE in self._environ:
             refuse_changed_mode(self._environ[MODE_VARIABLE])
-        handle = install(unet, settings, self.mode, targets=spec.targets, channels=spec.channels, condition=spec.condition)
+        handle = install(unet, settings, self.mode, targets=spec.targets, channels=spec.channels, condition=spec.condition, masks=spec.masks)
         self.attached += 1
         self._say_without_effect(settings)
         self._settings_by_film_id[handle.film.film_id] = settings

@@ -77,7 +77,7 @@ def read_plan(source: str | os.PathLike[str] | Mapping[str, Any], splits: Sequen
     else:
         path = Path(source).expanduser()
         if path.suffix.lower() in CONFIG_SUFFIXES:
-            plan = _host_plan(read_mapping(path, "this configuration", "give the YAML that the host's training script takes"), splits, str(path))
+            plan = _host_plan(read_mapping(path, "what to encode", "give the YAML that the host's training script takes"), splits, str(path))
         elif path.is_dir():
             plan = Plan(str(path), [_by_path(image, as_split) for image in _walk(path)])
         else:
