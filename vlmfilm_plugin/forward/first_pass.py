@@ -94,17 +94,14 @@ def _buffers_kept(unet: nn.Module) -> Iterator[None]:
         yield
         return
     places = [(module, dict(module._buffers)) for module in modules if module._buffers]
-    values = [
-        (buffer, buffer._version, buffer.clone())
-        for _, held in places
-        for buffer in held.values()
-        if buffer is not None and not buffer.is_inference()
-    ]
+    values = [(buffer, buffer.clone()) for _, held in places for buffer in held.values() if buffer is not None]
     try:
         yield
     finally:
         for module, held in places:
             module._buffers.update(held)
-        for buffer, version, value in values:
-            if buffer._version != version:
+        for buffer, value in values:
+            # By value: batch normalisation writes without counting a version, and a copy into a buffer that an earlier forward's graph
+            # has saved would break its backward.
+            if not torch.equal(buffer, value):
                 buffer.copy_(value)
