@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("vlmfilm.features")
 
-_MEMORY_ITEMS = 16384
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -77,10 +75,13 @@ class FeatureProvider:
         ImageReadError, EncoderError, StoreError: as their names say.
     """
 
-    def __init__(self, encoder: Encoder, store: FeatureStore, *, on_missing: str = "encode", dataset_root: str | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder, store: FeatureStore, *, on_missing: str = "encode", dataset_root: str | None = None, memory_items: int = 16384
+    ) -> None:
         self.encoder, self.store = encoder, store
         self.on_missing, self.dataset_root = on_missing, dataset_root
         self.stats = CacheStats()
+        self._memory_items = memory_items
         self._announced: set[str] = set()
         self._epoch: int | None = None
         self._missed_before_epoch = 0
@@ -92,7 +93,13 @@ class FeatureProvider:
     def from_settings(cls, settings: Settings) -> FeatureProvider:
         """Build encoder and store from settings; no weights are read."""
         store = FeatureStore(settings.cache_dir, settings.embedding_dtype)
-        provider = cls(build_encoder(settings), store, on_missing=settings.on_missing_feature, dataset_root=settings.dataset_root)
+        provider = cls(
+            build_encoder(settings),
+            store,
+            on_missing=settings.on_missing_feature,
+            dataset_root=settings.dataset_root,
+            memory_items=settings.mem_cache_size,
+        )
         provider._settings = settings
         return provider
 
@@ -202,6 +209,11 @@ class FeatureProvider:
         keys = [content_keys(array[None], ["image"])[0] for array in arrays]
         return self.get([Sample(key, None, lambda picture=picture: picture) for key, picture in zip(keys, pictures, strict=True)])  # type: ignore[misc]
 
+    def note_of(self, key: str) -> str | None:
+        """Return the note of a feature that is in memory (a generated text, answers), or None."""
+        stored = self._memory.get(key)
+        return None if stored is None else stored.note
+
     def _from_memory(self, wanted: Mapping[str, Sample]) -> dict[str, StoredFeature]:
         found = {}
         for key, sample in wanted.items():
@@ -266,7 +278,7 @@ class FeatureProvider:
         for row in rows:
             self._memory[row.key] = row
             self._memory.move_to_end(row.key)
-        while len(self._memory) > _MEMORY_ITEMS:
+        while len(self._memory) > self._memory_items:
             self._memory.popitem(last=False)
 
 

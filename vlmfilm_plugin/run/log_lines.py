@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,7 @@ class StepFacts:
     cache: CacheStats = field(default_factory=CacheStats)
     has_mixed_keys: bool = False
     permutation: Sequence[int] | None = None
+    response: Mapping[str, Any] | None = None
 
     def head(self) -> dict[str, Any]:
         """Return the fields that are the same for every stage."""
@@ -58,6 +59,7 @@ class StepFacts:
             "film_mode": self.mode,
             "film_bypass": self.mode == "off",
             "film_apply_point": self.apply_point,
+            **({} if self.response is None else {"vlm_response_debug": self.response}),
         }
 
     def tail(self) -> dict[str, Any]:
@@ -78,6 +80,8 @@ class Diagnostics:
     """Decide which steps are logged, and write the lines."""
 
     def __init__(self, settings: Settings) -> None:
+        self._is_enabled = settings.film_debug_enabled
+        self._responses_every = settings.vlm_response_debug_every_n_steps if settings.vlm_response_debug_enabled else None
         self._every = {"train": settings.film_log_every_n_steps_train}
         self._every_other = settings.film_log_every_n_steps_val
         self._stats_every = settings.vlm_cache_stats_every_n_steps if settings.vlm_cache_stats_enabled else None
@@ -90,12 +94,18 @@ class Diagnostics:
     def is_logged(self, phase: str, step: int | None, batch_idx: int | None) -> bool:
         """Tell whether this step is logged; with gradient accumulation, the first batch of a step alone."""
         count = step if phase == "train" else batch_idx
-        if count is None or count % self._every.get(phase, self._every_other):
+        if not self._is_enabled or count is None or count % self._every.get(phase, self._every_other):
             return False
         if phase == "train":
             is_repeated, self._logged_step = step == self._logged_step, step
             return not is_repeated
         return True
+
+    def response(self, facts: StepFacts, note: str | None) -> Mapping[str, Any] | None:
+        """Return what the model answered about the first image of a batch, where `vlm_response_debug_enabled` asks for it at this step."""
+        if self._responses_every is None or note is None or (facts.phase == "train" and (facts.step or 0) % self._responses_every):
+            return None
+        return {"image_id": facts.keys[0], "prompt_idx": 0, "source": "generated" if facts.cache.miss else "cache", **_first_answer(note)}
 
     def enter_phase(self, phase: str) -> None:
         """Note the phase of a step that begins: the first training step after a validation reports that validation."""
@@ -162,6 +172,17 @@ class StageRecorder:
         with torch.no_grad():
             numbers = statistics(before, after, gamma, beta, cond_vec)
         self._diagnostics.add(self._facts, stage, numbers)
+
+
+def _first_answer(note: str) -> dict[str, Any]:
+    """Return the answer to the first prompt, and the best candidates of its values where it has any; a note is a text, or JSON of several."""
+    try:
+        content = json.loads(note)
+    except ValueError:
+        return {"response": note}
+    if isinstance(content, dict) and "answers" in content:
+        return {"response": content["answers"][0], "fields": content["fields"][0]}
+    return {"response": content[0] if isinstance(content, list) and content else note}
 
 
 def _mean(values: Sequence[float]) -> float | None:

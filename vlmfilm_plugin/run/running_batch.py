@@ -182,6 +182,7 @@ class RunningBatch:
             len({sample.path is None for sample in samples}) > 1,
             permutation,
         )
+        self._facts.response = runtime.diagnostics.response(self._facts, provider.note_of(keys[0]))
         return features
 
     def _shuffle(self, provider: FeatureProvider, samples: list[Sample], keys: list[str], features: Tensor) -> tuple[Tensor, list[int]]:
