@@ -21,6 +21,9 @@ from vlmfilm_plugin.film.module import FilmModule, film_modules
 from vlmfilm_plugin.settings.record import Settings
 
 _ENCODER_SETTINGS = ("encoder", "revision", "min_pixels", "max_pixels", "prompt_templates", "questionnaire", *PORT_ENCODER_SETTINGS)
+_ANSWER_SETTINGS = ("use_logits_feature_cond", "logits_feature_mode", "logits_logit_temp", "logits_l2norm", "logits_include_unknown")
+# Where FiLM acts was trained, too: an evaluation that is not told would let it act everywhere.
+_GATE_SETTINGS = ("spatial_gate", "junction_gating_config")
 
 
 def write_metadata(model: nn.Module, settings: Settings, checkpoint: MutableMapping[str, Any]) -> None:
@@ -31,7 +34,7 @@ def write_metadata(model: nn.Module, settings: Settings, checkpoint: MutableMapp
     architecture = films[0].architecture
     checkpoint[METADATA] = {
         "architecture": architecture.as_dict(),
-        "settings": {name: getattr(settings, name) for name in _ENCODER_SETTINGS},
+        "settings": {name: settings.as_dict()[name] for name in (*_ENCODER_SETTINGS, *_ANSWER_SETTINGS, *_GATE_SETTINGS)},
         "mode": films[0].mode,
     }
     checkpoint[TRAINED_STAGES] = [stage.index for stage in architecture.stages]

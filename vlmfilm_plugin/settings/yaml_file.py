@@ -82,9 +82,9 @@ def loads(text: str) -> object:
     """
     import yaml
 
-    loader = yaml.SafeLoader(text)
     try:
         _check_depth(text)
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -93,14 +93,10 @@ def loads(text: str) -> object:
     except yaml.MarkedYAMLError as error:
         place = f"line {error.problem_mark.line + 1}" if error.problem_mark is not None else "the file"
         raise BadYaml(place, " ".join(str(error.problem or error.context or error).split())) from error
-    except yaml.YAMLError as error:
+    except BadYaml:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date or number
         raise BadYaml("the file", " ".join(str(error).split())[:200]) from error
-    except ValueError as error:  # an impossible date or number, and what the checks above found
-        if isinstance(error, BadYaml):
-            raise
-        raise BadYaml("the file", " ".join(str(error).split())[:200]) from error
-    finally:
-        loader.dispose()
 
 
 def _check_depth(text: str) -> None:
