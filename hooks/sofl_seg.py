@@ -13,7 +13,20 @@ from types import ModuleType
 from typing import Any
 
 from vlmfilm_plugin.errors import HostError, SettingsError
-from vlmfilm_plugin.host_spec import Config, HostSpec, ImageFiles, Listing, Model, RowView, SourceImage, Steps, UNet, hookimpl, rows_seen_before
+from vlmfilm_plugin.host_spec import (
+    Config,
+    HostSpec,
+    ImageFiles,
+    Listing,
+    Masks,
+    Model,
+    RowView,
+    SourceImage,
+    Steps,
+    UNet,
+    hookimpl,
+    rows_seen_before,
+)
 
 NAME = "sofl-seg"
 # Images are scaled to [-1, 1] by the host's data sets.
@@ -25,6 +38,8 @@ UNET_ARGUMENTS = {"dim", "image_size", "mask_channels", "input_img_channels", "d
 OWN_CONDITION, OWN_FILM = "vlm_cond", "use_vlm_film"
 INSTEAD = f"take `{OWN_FILM}` out of the model's configuration, and start the plain scripts/train.py"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+# Settings of the port that stand beside `vlm_film_config`.
+BESIDE_CONFIG = ("use_vlm_film", "vlm_film_decoder_stages", "junction_gating_config")
 
 
 @hookimpl
@@ -75,7 +90,13 @@ def _unets(module: ModuleType) -> HostSpec | None:
     if not _has_arguments(vars(module).get("ResnetBlock"), "forward", {"x"}):
         return None
     unets = [
-        UNet(cls=value, targets=TARGETS, own_condition=OWN_CONDITION, own_film=partial(own_film_of_class, value))
+        UNet(
+            cls=value,
+            targets=TARGETS,
+            own_condition=OWN_CONDITION,
+            own_film=partial(own_film_of_class, value),
+            masks=Masks(state=mask_in_input, prediction=mask_logits, truth=true_mask),
+        )
         for value in vars(module).values()
         if inspect.isclass(value)
         and value.__module__ == module.__name__
@@ -135,7 +156,7 @@ def read_config(arguments: Mapping[str, Any]) -> Mapping[str, object]:
         facts = {"found": f"{given!r}   (from model.vlm_film_config)", "expected": "a mapping of setting names to values"}
         raise SettingsError("cannot use the host's FiLM settings", facts, "write one `name: value` a line below `vlm_film_config:`")
     settings = dict(given)
-    settings.update({name: model[name] for name in ("use_vlm_film", "vlm_film_decoder_stages") if name in model})
+    settings.update({name: model[name] for name in BESIDE_CONFIG if name in model})
     return settings
 
 
@@ -143,6 +164,22 @@ def read_resume(arguments: Mapping[str, Any]) -> str | None:
     """Return the checkpoint that the runner will resume from."""
     resume: str | None = arguments["config"].get("resume")
     return resume
+
+
+def mask_in_input(x: Any) -> Any:
+    """Return the mask in x (R, mask channels, H, W): its first channel, which is in [-1, 1], or 0 and 1 where the flow is discrete."""
+    return (x[:, :1] > 0).float()
+
+
+def mask_logits(output: Any) -> Any:
+    """Return the first channel of the output: logits, or a velocity or mask of which the positive part means vessel."""
+    return output[:, :1]
+
+
+def true_mask(batch: Any) -> Any:
+    """Return the labels of a batch, 0 and 1."""
+    label = batch["label"]
+    return label[:, None] if label.dim() == 3 else label
 
 
 def rows_of(view: RowView) -> Sequence[int] | None:

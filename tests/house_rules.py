@@ -14,6 +14,7 @@ PACKAGE = "vlmfilm_plugin"
 FOLDERS = [
     "errors",
     "log",
+    "entry_points",
     "host_spec",
     "settings",
     "encoders",

@@ -17,7 +17,7 @@ from vlmfilm_plugin.errors import SettingsError as SettingsError
 from vlmfilm_plugin.errors import StoreError as StoreError
 from vlmfilm_plugin.errors import TargetMatchError as TargetMatchError
 from vlmfilm_plugin.errors import VlmFilmError as VlmFilmError
-from vlmfilm_plugin.film.gates import GateView as GateView
+from vlmfilm_plugin.film.gate_view import GateView as GateView
 from vlmfilm_plugin.film.gates import register_gate as register_gate
 from vlmfilm_plugin.film.layers import AdaptiveFiLMHead as AdaptiveFiLMHead
 from vlmfilm_plugin.film.layers import ImageToConditionVector as ImageToConditionVector

@@ -14,7 +14,6 @@ from typing import Any
 import pluggy
 
 PROJECT = "vlmfilm"
-ENTRY_POINTS = "vlmfilm.hosts"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -75,6 +74,23 @@ def first_argument(arguments: Mapping[str, Any]) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Masks:
+    """Where a host holds the mask that its UNet is about, for spatial gates; None is "not stated", and a gate that needs it is refused.
+
+    Functions of a module, not lambdas: they are copied and pickled with the UNet.
+
+    Attributes:
+        state: the UNet's input x (R, C, H, W) -> the mask in it (R, 1, H, W), in [0, 1].
+        prediction: what the UNet's forward returns -> the logits of its mask (R, 1, H, W): their sigmoid is the mask.
+        truth: the batch -> its ground truth (B, 1, H, W), in [0, 1].
+    """
+
+    state: Callable[[Any], Any] | None = None
+    prediction: Callable[[Any], Any] | None = None
+    truth: Callable[[Any], Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class UNet:
     """A UNet class: FiLM is attached when its `__init__` returns.
 
@@ -87,6 +103,7 @@ class UNet:
             the plugin's FiLM and is called with one stops the run, since two would act.
         own_film: built UNet -> how to use the plugin's FiLM instead, in a sentence, where its class applies FiLM itself; such a UNet is
             left to its owner. Not asked for a UNet that is built inside a `Model` with an `own_film`: the model decides.
+        masks: where the mask is that spatial gates look at.
     """
 
     cls: type
@@ -95,6 +112,7 @@ class UNet:
     condition: str | None = "cond"
     own_condition: str | None = None
     own_film: Callable[[Any], str | None] | None = None
+    masks: Masks = Masks()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,7 +148,7 @@ def test_the_shipped_ones_are_well_formed() -> None:
     [
         ("", "the file"),
         ("[1, 2]", "the file"),
-        ("questions: {", "the file"),
+        ("questions: {", "line 1"),
         ("questions: []", "questions"),
         ("questions: [1]", "question 1"),
         (TWO + "extra: 1\n", "the file"),

@@ -31,7 +31,7 @@ from vlmfilm_plugin.encoders.base import Encoder, encode_annotated
 from vlmfilm_plugin.encoders.qwen2_5_vl import QwenImageEncoder, QwenTextEncoder, QwenVLMTextGenerator
 from vlmfilm_plugin.encoders.registry import build_encoder
 from vlmfilm_plugin.errors import EncoderError, FeatureError, SettingsError
-from vlmfilm_plugin.settings.layers import environment_layers, resolve
+from vlmfilm_plugin.settings.layers import layers_of, resolve
 from vlmfilm_plugin.settings.record import Settings
 
 SIZES = ((64, 64), (200, 90), (56, 112), (30, 30), (64, 64))
@@ -585,7 +585,7 @@ def test_prompts_that_are_no_list_of_texts_are_refused(value: object) -> None:
 
 def test_prompts_from_the_environment_are_a_json_list() -> None:
     def read(text: str) -> tuple[str, ...] | None:
-        return resolve(environment_layers({"VLM_FILM_PROMPT_TEMPLATES": text})).prompt_templates
+        return resolve(layers_of({"VLM_FILM_PROMPT_TEMPLATES": text})).prompt_templates
 
     assert read('["one, two", "three"]') == ("one, two", "three") and read("null") is None
     for text in ("one", "[1]", "[]", '"one"', "{"):

@@ -11,7 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from vlmfilm_plugin.errors import SettingsError
-from vlmfilm_plugin.settings.layers import environment_layers, resolve
+from vlmfilm_plugin.settings.layers import layers_of, resolve
 from vlmfilm_plugin.settings.mode import MODES, read_mode
 from vlmfilm_plugin.settings.record import Settings
 
@@ -19,7 +19,7 @@ NAMES = sorted(Settings().as_dict())
 
 
 def from_env(base_dir: Path | None = None, **values: str) -> Settings:
-    return resolve(environment_layers({f"VLM_FILM_{name}": value for name, value in values.items()}, base_dir), base_dir)
+    return resolve(layers_of({f"VLM_FILM_{name}": value for name, value in values.items()}, base_dir), base_dir)
 
 
 def refused(**values: Any) -> SettingsError:
@@ -53,7 +53,7 @@ def test_file_is_weaker_than_environment_and_read_from_base_dir(tmp_path: Path) 
 
 
 def test_mode_and_foreign_variables_are_no_settings() -> None:
-    assert environment_layers({"VLM_FILM_MODE": "nonsense", "VLM_FORCE_NO_ACCELERATE": "1", "PATH": "/bin"}) == []
+    assert layers_of({"VLM_FILM_MODE": "nonsense", "VLM_FORCE_NO_ACCELERATE": "1", "PATH": "/bin"}) == []
 
 
 def test_settings_are_frozen_and_two_equal_ones_differ_in_origin_only() -> None:

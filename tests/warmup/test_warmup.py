@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from stand_in import SETTINGS, StandIn
 from vlmfilm_plugin import warmup_vlm_cache
 from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
+from vlmfilm_plugin.entry_points import installed
 from vlmfilm_plugin.errors import EncoderError, HostError, SettingsError
 from vlmfilm_plugin.features.provider import FeatureProvider, Sample
 from vlmfilm_plugin.features.store.store import FeatureStore
@@ -95,8 +96,8 @@ def test_a_broken_adapter_is_reported_and_another_lists_the_images(
 ) -> None:
     make_images(tmp_path / "train" / "image", 2)
     broken = EntryPoint(name="other_host", value="no_such_adapter", group="vlmfilm.hosts")
-    known = list(entry_points(group="vlmfilm.hosts"))
-    monkeypatch.setattr("vlmfilm_plugin.warmup.image_list.entry_points", lambda group: [broken, *known])
+    known = installed("vlmfilm.hosts")
+    monkeypatch.setattr("vlmfilm_plugin.warmup.image_list.installed", lambda group: [broken, *known])
     plan = read_plan({"model": {"arch_name": "x"}, "data": {"train_dir": str(tmp_path / "train")}}, ["train"])
     assert len(plan.entries) == 2
     assert "no_such_adapter cannot be loaded: ModuleNotFoundError" in caplog.text

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vlmfilm_plugin.errors import CheckpointError
 from vlmfilm_plugin.log import film_logger
-from vlmfilm_plugin.settings.layers import Layer, resolve
+from vlmfilm_plugin.settings.layers import Layer, layers_of, resolve
 from vlmfilm_plugin.settings.mode import PREFIX
 from vlmfilm_plugin.settings.record import ALIASES, FIELDS, Settings
 
@@ -59,20 +59,27 @@ def known_settings(recorded: object, origin: str) -> dict[str, object]:
     return {str(name): value for name, value in recorded.items() if str(name) not in unknown}
 
 
-def resolve_with(facts: CheckpointFacts | None, given: Sequence[Layer], base_dir: str | Path | None = None) -> Settings:
-    """Merge the layers of a run with what a checkpoint says: around them, weakest its encoder and gate, strongest its architecture.
+def resolve_with(
+    facts: CheckpointFacts | None,
+    environ: Mapping[str, str],
+    base_dir: str | Path | None = None,
+    *,
+    host: Mapping[str, object] | None = None,
+    arguments: Mapping[str, object] | None = None,
+) -> Settings:
+    """Resolve the settings of a run (`settings.layers.layers_of`) with what a checkpoint says.
 
     A setting of the run that loses against the checkpoint is named in one line.
 
     Raises:
         CheckpointError: the checkpoint can be read in several ways, and nothing given says which.
     """
+    layers = layers_of(environ, base_dir, recorded=facts, host=host, arguments=arguments)
+    settings = resolve(layers, base_dir)
     if facts is None:
-        return resolve(given, base_dir)
-    weakest: list[Layer] = [(facts.origin, facts.encoder), (facts.origin, facts.gate), *given]
-    settings = resolve([*weakest, (facts.origin, facts.architecture)], base_dir)
+        return settings
     require_reading(facts.path, facts.readings, settings)
-    asked = resolve([_only(layer, facts.architecture) for layer in weakest], base_dir)
+    asked = resolve([_only(layer, facts.architecture) for layer in layers if layer[1] is not facts.architecture], base_dir)
     lost = [name for name in facts.architecture if asked.is_explicit(name) and getattr(asked, name) != getattr(settings, name)]
     for name in lost:
         film_logger().warning(

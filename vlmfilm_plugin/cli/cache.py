@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmfilm_plugin.errors import StoreError
-from vlmfilm_plugin.settings.layers import environment_layers, resolve
+from vlmfilm_plugin.settings.layers import layers_of, resolve
 
 
 def add_parser(subparsers: Any) -> None:
@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _cache_dir(arguments: argparse.Namespace) -> str:
-    return arguments.cache_dir or resolve(environment_layers(os.environ)).cache_dir
+    return arguments.cache_dir or resolve(layers_of(os.environ)).cache_dir
 
 
 def _date(seconds: float | None) -> str:

@@ -6,14 +6,15 @@ import argparse
 import json
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from vlmfilm_plugin import __version__
+from vlmfilm_plugin.entry_points import HOSTS, STARTUP, installed
 from vlmfilm_plugin.errors import VlmFilmError
-from vlmfilm_plugin.host_spec import ENTRY_POINTS
-from vlmfilm_plugin.settings.layers import environment_layers, resolve
+from vlmfilm_plugin.settings.layers import layers_of, resolve
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE, read_mode
+from vlmfilm_plugin.settings.port_names import without_effect
 
 _PACKAGES = ("torch", "transformers", "accelerate", "wrapt", "pluggy")
 
@@ -41,17 +42,18 @@ def examine() -> dict[str, Any]:
     packages = {name: _version(name) for name in _PACKAGES}
     report: dict[str, Any] = {"vlmfilm-plugin": __version__, "python": platform.python_version(), "packages": packages}
     mode = _attempt(read_mode, problems)
-    gate = [entry.value for entry in entry_points(group="torch.backends") if entry.name == "vlmfilm_plugin"]
+    gate = [entry.value for entry in installed(STARTUP, "vlmfilm_plugin")]
     autoload = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") != "0"
     if not gate:
         problems.append("the entry point in `torch.backends` is missing: install the package with pip")
     if not autoload:
         problems.append("TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps the plugin out: start the host with `vlmfilm run -- ...`")
     report["activation"] = {MODE_VARIABLE: mode, "state": f"active, mode {mode}" if mode else "dormant", "entry point": gate, "autoload": autoload}
-    report["adapters"] = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
-    settings = _attempt(lambda: resolve(environment_layers(os.environ)), problems)
+    report["adapters"] = {entry.name: entry.value for entry in installed(HOSTS)}
+    settings = _attempt(lambda: resolve(layers_of(os.environ)), problems)
     if settings is not None:
         report["settings"] = {name: {"value": value, "from": settings.origin(name)} for name, value in settings.as_dict().items()}
+        report["without effect"] = without_effect(settings)
     report["problems"] = problems
     return report
 
@@ -81,6 +83,8 @@ def _print(report: dict[str, Any]) -> None:
     print("settings:")
     for name, entry in report.get("settings", {}).items():
         print(f"  {name:<32} {entry['value']!s:<36} ({entry['from']})")
+    if report.get("without effect"):
+        print(f"without effect: {report['without effect']}")
     print("problems:   " + ("none" if not report["problems"] else ""))
     for problem in report["problems"]:
         print(f"  {problem}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from vlmfilm_plugin.errors import SettingsError
 from vlmfilm_plugin.log import is_rank_zero
+from vlmfilm_plugin.settings.yaml_file import BadYaml, loads
 
 _SPLITS = "train,val,test"
 _EPILOG = """\
@@ -67,14 +68,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _setting(text: str) -> tuple[str, object]:
-    import yaml
-
     name, sign, raw = text.partition("=")
     if not sign or not name.strip():
         raise SettingsError("cannot use --set", {"found": repr(text), "expected": "NAME=VALUE"}, "write for example --set encoder=descriptor")
     try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
+        value = loads(raw)
+    except BadYaml:
         value = raw
     # A prompt such as `vessels: which?` is text, not a mapping.
     return name.strip().removeprefix("VLM_FILM_").lower(), raw if isinstance(value, dict) else value

@@ -22,6 +22,7 @@ import yaml
 from vlmfilm_plugin.demo.dataset import make_dataset
 from vlmfilm_plugin.errors import VlmFilmError
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE, PREFIX
+from vlmfilm_plugin.settings.yaml_file import loads
 
 HOST = Path(__file__).parent / "host"
 ARCH = "medsegdiff_flow"
@@ -125,7 +126,7 @@ def copy_host(folder: Path) -> Path:
 def _prepare(root: Path, seed: int, steps: int, quick: bool) -> None:
     """Write the dataset, the host copy and one config a training."""
     copy_host(root / "host")
-    template = yaml.safe_load((HOST / "configs" / "flow.yaml").read_text(encoding="utf-8"))
+    template: Any = loads((HOST / "configs" / "flow.yaml").read_text(encoding="utf-8"))
     per_epoch = max(1, min(steps, _STEPS) // _EPOCHS)
     epochs = max(1, round(steps / per_epoch))
     test, val = (4, 2) if quick else (40, 8)

@@ -9,13 +9,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from vlmfilm_plugin.errors import SettingsError
+from vlmfilm_plugin.settings.yaml_file import BadYaml, load
 
 if TYPE_CHECKING:
     from vlmfilm_plugin.settings.record import Settings
@@ -51,10 +49,10 @@ class Questionnaire:
         return "\n".join([question.text, *(f"{letter}. {meaning}" for letter, meaning in question.options.items()), self.instruction])
 
 
-def shipped() -> dict[str, Any]:
+def shipped() -> dict[str, Path]:
     """Return name -> file of the questionnaires that come with the package."""
-    folder = files("vlmfilm_plugin.encoders").joinpath("questionnaires")
-    return {Path(file.name).stem: file for file in folder.iterdir() if file.name.endswith(".yaml")}
+    folder = Path(__file__).parent / "questionnaires"
+    return {file.stem: file for file in folder.iterdir() if file.name.endswith(".yaml")}
 
 
 def read_questionnaire(settings: Settings) -> Questionnaire:
@@ -70,28 +68,13 @@ def read_questionnaire(settings: Settings) -> Questionnaire:
         facts = {"found": origin, "expected": f"one of {', '.join(sorted(known))}, or the path of a .yaml file"}
         raise SettingsError("cannot use setting `questionnaire`: there is none of this name", facts, "correct `questionnaire`")
     try:
-        return parse(yaml.load(file.read_text(encoding="utf-8"), _Strict))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, _WrongEntry) as error:
-        place, expected = (error.place, error.expected) if isinstance(error, _WrongEntry) else ("the file", "YAML in UTF-8")
-        facts = {"file": origin, "at": place, "found": " ".join(str(error).split())[:200], "expected": expected}
-        raise SettingsError("cannot use this questionnaire", facts, f"correct {place}") from error
-
-
-class _WrongEntry(ValueError):
-    def __init__(self, place: str, found: object, expected: str) -> None:
-        super().__init__(found if isinstance(found, str) else repr(found))
-        self.place, self.expected = place, expected
-
-
-class _Strict(yaml.SafeLoader):
-    """Refuse a key that stands twice in a mapping: YAML would keep the last and lose an option in silence."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
-        if twice is not None:
-            raise _WrongEntry(f"line {node.start_mark.line + 1}", f"key {twice!r} twice", "each key once")
-        return dict(super().construct_mapping(node, deep))
+        return parse(load(file))
+    except BadYaml as error:
+        facts = {"file": origin, "at": error.place, "found": error.found[:200], "expected": error.expected}
+        raise SettingsError("cannot use this questionnaire", facts, f"correct {error.place}") from error
+    except OSError as error:
+        facts = {"file": origin, "at": "the file", "found": str(error), "expected": "a file that can be read"}
+        raise SettingsError("cannot use this questionnaire", facts, "correct the file") from error
 
 
 def parse(content: object) -> Questionnaire:
@@ -103,12 +86,12 @@ def parse(content: object) -> Questionnaire:
     held = _mapping(content, "the file", {"questions"}, {"questions", "instruction"})
     entries = held["questions"]
     if not isinstance(entries, list) or not entries:
-        raise _WrongEntry("questions", entries, "a list of one or more questions")
+        raise _wrong("questions", entries, "a list of one or more questions")
     questions = tuple(_question(entry, f"question {number}") for number, entry in enumerate(entries, 1))
     ids = [question.id for question in questions]
     twice = next((index for index, name in enumerate(ids) if name in ids[:index]), None)
     if twice is not None:
-        raise _WrongEntry(f"question {twice + 1}", f"id {ids[twice]!r} twice", "each id once")
+        raise _wrong(f"question {twice + 1}", f"id {ids[twice]!r} twice", "each id once")
     return Questionnaire(questions, _text(held.get("instruction", _DEFAULT_INSTRUCTION), "instruction"))
 
 
@@ -116,24 +99,28 @@ def _question(entry: object, place: str) -> Question:
     held = _mapping(entry, place, {"id", "text", "options"}, {"id", "text", "options"})
     name = _text(held["id"], f"{place}, id")
     if not _NAME.fullmatch(name):
-        raise _WrongEntry(f"{place}, id", name, "lower-case letters, digits and _, a letter first")
+        raise _wrong(f"{place}, id", name, "lower-case letters, digits and _, a letter first")
     place = f"{place} ({name})"
     options = held["options"]
     if not isinstance(options, dict) or not 2 <= len(options) <= len(LETTERS) or list(options) != list(LETTERS[: len(options)]):
-        raise _WrongEntry(f"{place}, options", options, f"2 to {len(LETTERS)} options under the letters A, B, ... in order")
+        raise _wrong(f"{place}, options", options, f"2 to {len(LETTERS)} options under the letters A, B, ... in order")
     return Question(
         name, _text(held["text"], f"{place}, text"), {letter: _text(meaning, f"{place}, option {letter}") for letter, meaning in options.items()}
     )
 
 
+def _wrong(place: str, found: object, expected: str) -> BadYaml:
+    return BadYaml(place, found if isinstance(found, str) else repr(found), expected)
+
+
 def _mapping(value: object, place: str, needed: set[str], allowed: set[str]) -> dict[str, Any]:
     if not isinstance(value, dict) or not needed <= set(value) <= allowed:
         found = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
-        raise _WrongEntry(place, found, f"a mapping with {', '.join(sorted(needed))}, and nothing but {', '.join(sorted(allowed))}")
+        raise _wrong(place, found, f"a mapping with {', '.join(sorted(needed))}, and nothing but {', '.join(sorted(allowed))}")
     return value
 
 
 def _text(value: object, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise _WrongEntry(place, value, "text; quote yes, no, on, off and numbers")
+        raise _wrong(place, value, "text; quote yes, no, on, off and numbers")
     return " ".join(value.split())

@@ -49,7 +49,7 @@ class QwenModel(LazyEncoder):
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
-    def _padded(self, rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    def padded(self, rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
         """Return ids and mask (rows, length) of rows of token ids.
 
         Padding on the right: attention is causal, so no real token sees it, and positions count from the left.
@@ -154,7 +154,7 @@ class QwenTextEncoder(QwenModel):
     def _pooled(self, model: Any, texts: Sequence[str]) -> list[Tensor]:
         # A model may answer with nothing: one pad token stands for the empty text.
         rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] or [self._pad_id] for text in texts]
-        ids, mask = self._padded(rows, loading.device_of(model))
+        ids, mask = self.padded(rows, loading.device_of(model))
         # The language model alone: the whole one would reuse the image positions of the last generation.
         states = language_model_of(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
         if self.settings.pool == "last":

@@ -6,7 +6,6 @@ Each number has a name and a meaning, which no other feature here has. Nothing i
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlmfilm_plugin.encoders import _loading as loading
 from vlmfilm_plugin.encoders._frozen import OnePassEncoder, Pack, Prepared
-from vlmfilm_plugin.encoders._pooling import image_tokens, token_counts
 from vlmfilm_plugin.encoders._questions import Questionnaire, read_questionnaire
-from vlmfilm_plugin.encoders._qwen_text import QwenModel, language_model_of
+from vlmfilm_plugin.encoders._qwen_rows import last_states, logits_at
+from vlmfilm_plugin.encoders._qwen_text import QwenModel
 from vlmfilm_plugin.encoders.qwen2_5_vl import read_config
 from vlmfilm_plugin.errors import EncoderError
 
@@ -105,40 +103,11 @@ class QuestionnaireEncoder(QwenModel, OnePassEncoder):
         return [self._log_probabilities(model, item) for item in pack]
 
     def _log_probabilities(self, model: Any, item: Prepared) -> Tensor:
-        device = loading.device_of(model)
-        grid = item.tensors["image_grid_thw"].to(device)
-        tokens = self._image_tokens(model, item.tensors["pixel_values"].to(device, model.dtype), grid)
-        ids, mask, ends = self._rows(len(tokens), device)
-        is_image = ids == self.config.image_token_id
-        embeds = model.get_input_embeddings()(ids)
-        # The same image in every row: the tower runs once for all questions.
-        embeds = embeds.masked_scatter(is_image[..., None], tokens.to(embeds).repeat(len(ids), 1))
-        states = language_model_of(model)(
-            inputs_embeds=embeds, position_ids=_positions(model, ids, mask, is_image, grid), attention_mask=mask, use_cache=False
-        ).last_hidden_state
-        # One row of logits a question: those of every token would be gigabytes.
-        logits = model.lm_head(states[torch.arange(len(ids), device=states.device), ends.to(states.device)]).float().cpu()
+        states, lengths = last_states(self, model, item, self._prompts)
+        logits = logits_at(model, states, range(len(lengths)), [length - 1 for length in lengths])
         return torch.cat([row[choices].log_softmax(0) for row, choices in zip(logits, self._candidates, strict=True)])
-
-    def _rows(self, image_tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ids and mask (questions, length) and the last real position of each row."""
-        rows = [[*before, *[self.config.image_token_id] * image_tokens, *after] for before, after in self._prompts]
-        return *self._padded(rows, device), torch.tensor([len(row) - 1 for row in rows])
-
-    def _image_tokens(self, model: Any, patches: Tensor, grid: Tensor) -> Tensor:
-        tower = model.visual if hasattr(model, "visual") else model.model.visual  # moved in transformers 4.52
-        return image_tokens(tower(patches, grid_thw=grid), token_counts(grid, self.config.vision_config))[0]
 
     def _facts(self) -> dict[str, object]:
         asked = [(question.id, self.questionnaire.prompt(question), list(question.options)) for question in self.questionnaire.questions]
         digest = hashlib.blake2b(json.dumps(asked).encode(), digest_size=8).hexdigest()
         return {"encoder": "questionnaire", "mode": "answers", "questions": digest}
-
-
-def _positions(model: Any, ids: Tensor, mask: Tensor, is_image: Tensor, grid: Tensor) -> Tensor:
-    """Return the positions (3, questions, length) as the model counts them for text around an image."""
-    index = (model.model if hasattr(model.model, "get_rope_index") else model).get_rope_index
-    # transformers 5 tells image tokens by this instead of by their id.
-    types = {"mm_token_type_ids": is_image.int()} if "mm_token_type_ids" in inspect.signature(index).parameters else {}
-    positions: Tensor = index(input_ids=ids, image_grid_thw=grid.expand(len(ids), -1), attention_mask=mask, **types)[0]
-    return positions

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmfilm_plugin.encoders import _loading as loading
+from vlmfilm_plugin.encoders._answers import AnswerEncoder, check_prompts
 from vlmfilm_plugin.encoders._frozen import OnePassEncoder, Pack
 from vlmfilm_plugin.encoders._pooling import token_means
 from vlmfilm_plugin.encoders._qwen_text import QwenTextEncoder
@@ -33,16 +34,22 @@ def read_config(settings: Settings) -> Any:
 
 
 def from_settings(settings: Settings) -> Encoder:
-    """Build the encoder of image mode, or of text mode with `use_text_prompt_cond`; the configuration is read, weights are not.
+    """Build the encoder of image mode, of text mode (`use_text_prompt_cond`) or of the port's answers (`use_logits_feature_cond`).
+
+    The configuration is read, weights are not.
 
     Raises:
-        SettingsError: both `prompt_template` and `prompt_templates` are set.
+        SettingsError: both `prompt_template` and `prompt_templates` are set, or there are not three of them for the port's answers.
         EncoderError: the model is not found, or is not a Qwen2.5-VL.
     """
     if settings.prompt_template is not None and settings.prompt_templates is not None:
         facts = {name: f"{getattr(settings, name)!r}   (from {settings.origin(name)})" for name in ("prompt_template", "prompt_templates")}
         raise SettingsError("cannot use `prompt_template` and `prompt_templates` together", facts, "take one of them out")
+    if settings.are_answers_asked:
+        check_prompts(settings)
     config = read_config(settings)
+    if settings.are_answers_asked:
+        return AnswerEncoder(settings, config)
     return QwenTextEncoder(settings, config) if settings.use_text_prompt_cond else QwenImageEncoder(settings, config)
 
 
@@ -79,7 +86,7 @@ class QwenVLMTextGenerator:
         max_new_tokens: the most tokens of a description.
         prompt_template: the prompt; None = the default of the settings.
         pool: `mean` over the tokens of the text, or `last`.
-        settings: any other setting of the encoder, by name.
+        other: any other setting of the encoder, by name.
 
     Raises:
         SettingsError: a bad value.
@@ -94,10 +101,10 @@ class QwenVLMTextGenerator:
         max_new_tokens: int = 48,
         prompt_template: str | None = None,
         pool: str = "mean",
-        **settings: object,
+        **other: object,
     ) -> None:
         named = {"model_name": model_name, "dtype": dtype, "device_map": device_map, "max_new_tokens": max_new_tokens}
-        values = {**named, "prompt_template": prompt_template, "pool": pool, "use_text_prompt_cond": True, **settings}
+        values = {**named, "prompt_template": prompt_template, "pool": pool, "use_text_prompt_cond": True, **other}
         self.settings = resolve([("arguments", values)])
         self._encoder: QwenTextEncoder | None = None
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from difflib import get_close_matches
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
+from vlmfilm_plugin.entry_points import ENCODERS as GROUP
+from vlmfilm_plugin.entry_points import installed, package_of
 from vlmfilm_plugin.errors import EncoderError, VlmFilmError
 
 if TYPE_CHECKING:
@@ -14,8 +16,6 @@ if TYPE_CHECKING:
 from vlmfilm_plugin.encoders.base import Encoder
 
 EncoderFactory = Callable[["Settings"], Encoder]
-
-ENTRY_POINT_GROUP = "vlmfilm.encoders"
 
 
 def _descriptor(settings: Settings) -> Encoder:
@@ -55,8 +55,8 @@ def build_encoder(settings: Settings) -> Encoder:
         EncoderError: the name is unknown or claimed twice, a third party's encoder cannot be built, or the model's configuration cannot be read.
     """
     name = settings.encoder
-    added = _added(name)
-    claims = [f"{entry.value} of {_package(entry)}" for entry in added] + (["vlmfilm-plugin"] if name in ENCODERS else [])
+    added = installed(GROUP, name)
+    claims = [f"{entry.value} of {package_of(entry)}" for entry in added] + (["vlmfilm-plugin"] if name in ENCODERS else [])
     if len(claims) > 1:
         facts = {"found": ", ".join(claims), "expected": "one encoder of this name"}
         raise EncoderError(f"cannot build the encoder {name!r}: the name is claimed twice", facts, f"uninstall or rename {claims[0]}")
@@ -64,7 +64,7 @@ def build_encoder(settings: Settings) -> Encoder:
         return _build_added(added[0], settings)
     if name in ENCODERS:
         return ENCODERS[name](settings)
-    known = sorted({*ENCODERS, *(entry.name for entry in entry_points(group=ENTRY_POINT_GROUP))})
+    known = sorted({*ENCODERS, *(entry.name for entry in installed(GROUP))})
     closest = get_close_matches(name, known, n=1)
     raise EncoderError(
         "cannot build the encoder: unknown name",
@@ -73,22 +73,13 @@ def build_encoder(settings: Settings) -> Encoder:
     )
 
 
-def _added(name: str) -> list[EntryPoint]:
-    # A package on two entries of the search path is listed twice and is still one claim.
-    return list({entry.value: entry for entry in entry_points(group=ENTRY_POINT_GROUP, name=name)}.values())
-
-
-def _package(entry: EntryPoint) -> str:
-    return entry.dist.metadata["Name"] if entry.dist is not None else "an unknown package"
-
-
 def _build_added(entry: EntryPoint, settings: Settings) -> Encoder:
     try:
         encoder: Encoder = entry.load()(settings)
     except VlmFilmError:
         raise
     except Exception as error:  # another's code: whatever it raises is named, and the cause stays attached
-        facts = {"entry point": entry.value, "package": _package(entry), "error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        facts = {"entry point": entry.value, "package": package_of(entry), "error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
         raise EncoderError(f"cannot build the encoder {entry.name!r} of a third party", facts, "correct or uninstall that package") from error
     lacking = sorted({"identity", "feature_dim", "is_loaded", "encode", "release"} - set(dir(encoder)))
     if lacking:

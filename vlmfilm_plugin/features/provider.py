@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("vlmfilm.features")
 
-_MEMORY_ITEMS = 16384
-
 # Key and file of an image (as text, since paths are hashed slowly), and the content of stamped pixels without a file.
 ImageId = tuple[str, str | None, str | None]
 
@@ -95,10 +93,13 @@ class FeatureProvider:
         ImageReadError, EncoderError, StoreError: as their names say.
     """
 
-    def __init__(self, encoder: Encoder, store: Store, *, on_missing: str = "encode", dataset_root: str | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder, store: Store, *, on_missing: str = "encode", dataset_root: str | None = None, memory_items: int = 16384
+    ) -> None:
         self.encoder, self.store = encoder, store
         self.on_missing, self.dataset_root = on_missing, dataset_root
         self.stats = CacheStats()
+        self._memory_items = memory_items
         self._announced: set[str] = set()
         self._epoch: int | None = None
         self._missed_before_epoch = 0
@@ -110,7 +111,13 @@ class FeatureProvider:
     @classmethod
     def from_settings(cls, settings: Settings) -> FeatureProvider:
         """Build encoder and store from settings; no weights are read."""
-        provider = cls(build_encoder(settings), open_store(settings), on_missing=settings.on_missing_feature, dataset_root=settings.dataset_root)
+        provider = cls(
+            build_encoder(settings),
+            open_store(settings),
+            on_missing=settings.on_missing_feature,
+            dataset_root=settings.dataset_root,
+            memory_items=settings.mem_cache_size,
+        )
         provider._settings = settings
         return provider
 
@@ -199,6 +206,11 @@ class FeatureProvider:
         arrays = [np.asarray(picture) for picture in pictures]
         keys = [content_keys(array[None], ["image"])[0] for array in arrays]
         return self.get([Sample(key, None, lambda picture=picture: picture) for key, picture in zip(keys, pictures, strict=True)])  # type: ignore[misc]
+
+    def note_of(self, sample: Sample) -> str | None:
+        """Return the note of a feature that is in memory (a generated text, answers), or None."""
+        stored = self._memory.get(sample.image)
+        return None if stored is None else stored.note
 
     def _from_memory(self, wanted: Mapping[ImageId, Sample]) -> dict[ImageId, StoredFeature]:
         found = {}
@@ -305,7 +317,7 @@ class FeatureProvider:
         for image, row in rows.items():
             self._memory[image] = row
             self._memory.move_to_end(image)
-        while len(self._memory) > _MEMORY_ITEMS:
+        while len(self._memory) > self._memory_items:
             self._memory.popitem(last=False)
 
 

@@ -1,76 +1,54 @@
 """Spatial gates: where in the image FiLM acts. `y = x + gate * (film(x) - x)`, gate (R, 1, H, W) in [0, 1], resized to each stage.
 
-A gate is a function of one UNet forward; `register_gate` adds one by name, the setting `spatial_gate` chooses it.
+A gate is a function of one UNet forward that returns it, or None where FiLM acts everywhere. `register_gate` adds one by name; the
+settings `spatial_gate` and `junction_gating_config` choose it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmfilm_plugin.errors import ConditionError, SettingsError
+from vlmfilm_plugin.film.gate_view import GateView
+from vlmfilm_plugin.film.junctions import vessel_junctions
+from vlmfilm_plugin.settings.junctions import JunctionGating
+from vlmfilm_plugin.settings.record import Settings
 
-JUNCTION_RADIUS = 3
+if TYPE_CHECKING:
+    from vlmfilm_plugin.film.architecture import Stage
+
+Gate = Callable[[GateView], Tensor | None]
 
 
 @dataclass(frozen=True)
-class GateView:
-    """One UNet forward, as a gate sees it.
+class SpatialGate:
+    """The gate of one forward.
 
     Attributes:
-        x: the UNet's input (R, C, H, W): the current state of the mask, noise at the start of a solver.
-        image: the condition image (R, C, H, W), or None.
-        batch: the running batch of the host, or None where a caller gave the condition.
-        phase: `train`, `val`, `test` or `predict`, or None likewise.
+        values: (R, 1, H, W) or (1, 1, H, W) in [0, 1].
+        interp: how it is resized to a stage: `nearest`, or `bilinear` with antialiasing.
+        stages: the decoder stages it acts at; None is all.
     """
 
-    x: Tensor
-    image: Tensor | None
-    batch: Any = None
-    phase: str | None = None
+    values: Tensor
+    interp: str = "bilinear"
+    stages: frozenset[int] | None = None
 
-
-Gate = Callable[[GateView], Tensor]
-
-
-def vessel_junctions(view: GateView) -> Tensor:
-    """Keep FiLM away from vessel junctions: 0 within 3 pixels of a branching point, 1 elsewhere.
-
-    The mask is `batch["junction_mask"]` (R, 1, H, W), values in [0, 1], where the batch has one row a UNet row, else the current
-    prediction: channel 0 of x above 0. Runs on the CPU, once a forward; needs scikit-image (extra `gate`).
-    """
-    given = view.batch.get("junction_mask") if isinstance(view.batch, Mapping) else None
-    fits = isinstance(given, Tensor) and given.shape[0] == view.x.shape[0] and given.shape[-2:] == view.x.shape[-2:]
-    mask = given[:, 0] > 0.5 if fits and given is not None else view.x[:, 0] > 0
-    gates = [1.0 - junctions(row).astype(np.float32) for row in mask.detach().cpu().numpy()]
-    return torch.from_numpy(np.stack(gates))[:, None]
-
-
-def junctions(mask: np.ndarray[Any, Any], radius: int = JUNCTION_RADIUS) -> np.ndarray[Any, Any]:
-    """Return the pixels (H, W) within `radius` of a skeleton pixel with three or more skeleton neighbours.
-
-    Args:
-        mask: (H, W), truth values.
-    """
-    try:
-        from skimage import morphology
-    except ImportError as error:
-        facts = {"error": error, "expected": "scikit-image"}
-        raise SettingsError("cannot find vessel junctions", facts, "pip install 'vlmfilm-plugin[gate]', or take `spatial_gate` out") from error
-    tools: Any = morphology
-    skeleton = tools.skeletonize(np.asarray(mask, dtype=bool))
-    padded = np.pad(skeleton.astype(np.uint8), 1)
-    height, width = skeleton.shape
-    degree = sum(padded[1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width] for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx)
-    points = skeleton & (np.asarray(degree) >= 3)
-    found: np.ndarray[Any, Any] = tools.dilation(points, tools.disk(radius))
-    return found
+    def apply(self, stage: int, x: Tensor, y: Tensor) -> Tensor:
+        """Return `x + gate * (y - x)` in x's dtype, the gate resized to x (R, C, h, w); y at a stage that is not gated."""
+        if self.stages is not None and stage not in self.stages:
+            return y
+        if self.interp == "nearest":
+            gate = nn.functional.interpolate(self.values, size=x.shape[-2:], mode="nearest")
+        else:
+            gate = nn.functional.interpolate(self.values, size=x.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
+        return torch.lerp(x, y, gate.clamp(0, 1).to(x.dtype).expand_as(x))
 
 
 GATES: dict[str, Gate] = {"vessel_junctions": vessel_junctions}
@@ -106,6 +84,31 @@ def find_gate(name: str | None, origin: str = "argument") -> Gate | None:
         facts = {"found": f"{name!r}   (from {origin})", "known": ", ".join(sorted(GATES))}
         raise SettingsError("cannot use `spatial_gate`: unknown name", facts, f"set it to {closest[0] if closest else sorted(GATES)[0]!r}")
     return GATES[name]
+
+
+def gate_of(settings: Settings, view: GateView, stages: Sequence[Stage]) -> SpatialGate | None:
+    """Return the gate that the settings put in force for a forward; None where FiLM acts everywhere.
+
+    Raises:
+        SettingsError: there is no gate of that name, or it is to act at stages that carry no FiLM.
+        ConditionError: the gate cannot be computed, or what it returns is none.
+    """
+    gate = find_gate(settings.gate_name, settings.origin("spatial_gate"))
+    if gate is None:
+        return None
+    rule = settings.junction_gating_config or JunctionGating(enabled=True)
+    is_ours = gate is vessel_junctions
+    extra = sorted(set(rule.apply_stages or ()) - {stage.index for stage in stages}) if is_ours else []
+    if extra:
+        facts = {"found": f"apply_stages {list(rule.apply_stages or ())}", "without FiLM": extra, "expected": [stage.index for stage in stages]}
+        raise SettingsError("cannot use `junction_gating_config`: it gates stages that carry no FiLM", facts, "correct `apply_stages`")
+    values = gate(replace(view, junctions=rule))
+    if values is None:
+        return None
+    checked = check_gate(values, view.x)
+    if not is_ours:
+        return SpatialGate(checked)
+    return SpatialGate(checked, rule.interp, None if rule.apply_stages is None else frozenset(rule.apply_stages))
 
 
 def check_gate(gate: Tensor, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,17 +19,28 @@ from vlmfilm_plugin.film.architecture import Architecture, Stage, decided_by
 from vlmfilm_plugin.film.freezing import freeze_host
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
 from vlmfilm_plugin.film.targets import Target, match_targets, select_stages
+from vlmfilm_plugin.forward.first_pass import only_channel
 from vlmfilm_plugin.forward.handle import FilmHandle
 from vlmfilm_plugin.forward.module_hooks import CloseContext, Expected, ModulateBlock, OpenContext
-from vlmfilm_plugin.settings.layers import environment_layers, resolve
+from vlmfilm_plugin.host_spec import Masks
+from vlmfilm_plugin.log import film_logger
+from vlmfilm_plugin.settings.arguments import signature_with_settings
+from vlmfilm_plugin.settings.layers import layers_of, resolve
 from vlmfilm_plugin.settings.mode import read_mode
+from vlmfilm_plugin.settings.port_names import without_effect
 from vlmfilm_plugin.settings.record import Settings
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from vlmfilm_plugin.settings.arguments import SettingsArguments
+
+BY_HAND = Masks(prediction=only_channel)
 DEFAULT_TARGETS: Mapping[str, str] = {"post_block2": "ups.*.1", "post_block1": "ups.*.0"}
 
 
-def attach(unet: nn.Module, *, feature_dim: int | None = None, **settings: object) -> FilmHandle:
-    """Attach FiLM to a UNet by hand: for notebooks, and for hosts without an adapter.
+def attach(unet: nn.Module, *, feature_dim: int | None = None, **settings: Unpack[SettingsArguments]) -> FilmHandle:
+    """Attach FiLM to a UNet by hand: for notebooks, and for hosts without a host adapter.
 
     Args:
         unet: a module whose decoder blocks match `targets` (default `ups.*.1`, `ups.*.0` with `apply_point="post_block1"`).
@@ -43,8 +55,14 @@ def attach(unet: nn.Module, *, feature_dim: int | None = None, **settings: objec
         TargetMatchError: no module matched, or a stage does not exist.
         HostError: the module carries FiLM already, or a block's channels cannot be told.
     """
-    resolved = resolve([*environment_layers(os.environ), ("argument", settings)])
+    resolved = resolve(layers_of(os.environ, arguments=settings))
+    if (line := without_effect(resolved)) is not None:
+        film_logger().info("[VLM] settings without effect here: %s", line)
     return install(unet, resolved, read_mode() or "on", feature_dim=feature_dim)
+
+
+# For editors that ask the running function rather than its types, such as a notebook's.
+attach.__signature__ = signature_with_settings(attach)  # type: ignore[attr-defined]
 
 
 def install(
@@ -57,12 +75,14 @@ def install(
     channels: Callable[[nn.Module], int] | None = None,
     condition: str | None = None,
     own_film: str | None = None,
+    masks: Masks = BY_HAND,
 ) -> FilmHandle:
     """Attach FiLM with resolved settings; `attach` and the runtime both come here.
 
     Args:
         condition: name of the argument of `forward` that holds the condition image.
         own_film: name of the one through which the UNet's own FiLM would be conditioned: a call with it is refused.
+        masks: where the mask is that spatial gates look at.
     """
     owner = type(unet).__name__
     if feature_dim is not None and (not isinstance(feature_dim, int) or isinstance(feature_dim, bool) or feature_dim < 1):
@@ -86,7 +106,7 @@ def install(
     )
     film = _build(architecture, mode, unet)
     frozen_by = settings.origin("freeze_host") if settings.freeze_host else None
-    undo = _mutate(unet, film, condition, Expected(pattern, settings.decoder_stages, own_film, frozen_by))
+    undo = _mutate(unet, film, condition, masks, Expected(pattern, settings.decoder_stages, own_film, frozen_by))
     if settings.freeze_host:
         try:
             undo.append(freeze_host(unet, mode, settings))
@@ -138,7 +158,7 @@ def _build(architecture: Architecture, mode: str, unet: nn.Module) -> FilmModule
     return film.train(unet.training)
 
 
-def _mutate(unet: nn.Module, film: FilmModule, condition: str | None, expected: Expected) -> list[Callable[[], None]]:
+def _mutate(unet: nn.Module, film: FilmModule, condition: str | None, masks: Masks, expected: Expected) -> list[Callable[[], None]]:
     undo: list[Callable[[], None]] = []
     unet.add_module(ATTRIBUTE, film)
 
@@ -151,7 +171,7 @@ def _mutate(unet: nn.Module, film: FilmModule, condition: str | None, expected: 
     modules = dict(unet.named_modules())
     arguments = list(inspect.signature(type(unet).forward).parameters)[1:]
     handles = [
-        unet.register_forward_pre_hook(OpenContext(arguments, condition, expected), with_kwargs=True),
+        unet.register_forward_pre_hook(OpenContext(arguments, condition, masks, expected), with_kwargs=True),
         unet.register_forward_hook(CloseContext(), always_call=True),
         *(modules[stage.path].register_forward_hook(ModulateBlock(film, head)) for head, stage in enumerate(film.architecture.stages)),
     ]

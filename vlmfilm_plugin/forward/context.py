@@ -21,13 +21,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.forward.recompute import NO_TASK, graph_task, stacks, watch
 
 if TYPE_CHECKING:
+    from vlmfilm_plugin.film.gate_view import MaskReader
+    from vlmfilm_plugin.film.gates import SpatialGate
     from vlmfilm_plugin.film.module import FilmModule
 
 
@@ -50,7 +51,7 @@ class ForwardContext:
         own: the same for the rows.
         recorder: takes statistics, on logged steps only.
         ran: heads whose blocks have run.
-        gate: (R, 1, H, W) or (1, 1, H, W) in [0, 1]: where FiLM acts; None is everywhere.
+        gate: where FiLM acts; None is everywhere.
         task: the `backward()` in which this is open, if any.
     """
 
@@ -61,7 +62,7 @@ class ForwardContext:
     own: dict[Any, Any] | None = field(default_factory=dict)
     recorder: Recorder | None = None
     ran: set[int] = field(default_factory=set)
-    gate: Tensor | None = None
+    gate: SpatialGate | None = None
     task: int = NO_TASK
 
     def cond_vec(self) -> Tensor:
@@ -85,13 +86,6 @@ class ForwardContext:
             if self.own is not None:
                 self.own[head] = pair
         return pair
-
-    def gated(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return `x + gate * (y - x)` in x's dtype, the gate resized to x (R, C, h, w); y where there is no gate."""
-        if self.gate is None:
-            return y
-        gate = nn.functional.interpolate(self.gate, size=x.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
-        return torch.lerp(x, y, gate.clamp(0, 1).to(x.dtype).expand_as(x))
 
     def prepare(self) -> None:
         """Compute gamma and beta of every head, and put them where compiled blocks find them."""
@@ -131,8 +125,12 @@ class Condition(Protocol):
     def serves(self, film: FilmModule) -> bool:
         """Tell whether this condition is meant for the UNet that holds `film`."""
 
-    def open_context(self, film: FilmModule, x: Tensor, image: Tensor | None) -> ForwardContext:
-        """Return the context of a forward with input x (R, ...) and condition image (R, C, h, w) or None."""
+    def open_context(self, film: FilmModule, x: Tensor, image: Tensor | None, masks: MaskReader | None) -> ForwardContext:
+        """Return the context of a forward with input x (R, ...) and condition image (R, C, h, w) or None.
+
+        Args:
+            masks: where the host holds its masks; None: this forward only serves the gate of another, is not gated and not logged.
+        """
 
 
 @contextmanager

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.features.shuffle import Shuffle, images_of
-from vlmfilm_plugin.film.gates import Gate, GateView, check_gate
+from vlmfilm_plugin.film.gate_view import GateView, MaskReader
+from vlmfilm_plugin.film.gates import Gate, SpatialGate, check_gate, gate_of
 from vlmfilm_plugin.forward.context import ForwardContext
+from vlmfilm_plugin.settings.record import Settings
 
 if TYPE_CHECKING:
     from vlmfilm_plugin.film.module import FilmModule
@@ -28,6 +30,7 @@ class GivenFeatures:
 
     film_id: str
     features: Tensor
+    settings: Settings
     gate: Tensor | Gate | None = None
     step: int = 0
     shuffle: Shuffle = field(default_factory=Shuffle)
@@ -51,7 +54,7 @@ class GivenFeatures:
     def serves(self, film: FilmModule) -> bool:
         return film.film_id == self.film_id
 
-    def open_context(self, film: FilmModule, x: Tensor, image: Tensor | None) -> ForwardContext:
+    def open_context(self, film: FilmModule, x: Tensor, image: Tensor | None, masks: MaskReader | None) -> ForwardContext:
         if film.mode == "off":
             return ForwardContext(film, None)
         rows, given = x.shape[0], self.features.shape[0]
@@ -63,6 +66,12 @@ class GivenFeatures:
             )
         features = self._shuffled if film.mode == "shuffle" else self.features
         features = features.to(x.device)
-        gate = self.gate(GateView(x, image)) if callable(self.gate) else self.gate
         index = None if given == rows else torch.zeros(rows, dtype=torch.long, device=x.device)
-        return ForwardContext(film, features, index, gate=None if gate is None else check_gate(gate, x))
+        gate = None if masks is None else self._gate(film, GateView(x, image, masks=masks))
+        return ForwardContext(film, features, index, gate=gate)
+
+    def _gate(self, film: FilmModule, view: GateView) -> SpatialGate | None:
+        if self.gate is None:
+            return gate_of(self.settings, view, film.architecture.stages)
+        values = self.gate(view) if callable(self.gate) else self.gate
+        return None if values is None else SpatialGate(check_gate(values, view.x))

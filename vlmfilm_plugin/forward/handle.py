@@ -53,8 +53,8 @@ class FilmHandle:
 
         Args:
             features: (B, F), any float dtype, finite; used detached.
-            gate: where FiLM acts: (R, 1, H, W) in [0, 1], or a function of the forward that returns it; None takes the setting
-                `spatial_gate`.
+            gate: where FiLM acts: (R, 1, H, W) in [0, 1], or a function of the forward that returns it; None takes the settings
+                `spatial_gate` and `junction_gating_config`; here no epoch is known, so that the gate acts from the start.
             step: draws the exchange of features in mode `shuffle`, together with the setting `shuffle_seed`.
             images: B images instead: PIL images, paths, or arrays (H, W[, 3]), uint8, uint16 or float in [0, 1]; encoded and stored once.
 
@@ -80,10 +80,12 @@ class FilmHandle:
             assert images is not None
             features = self._feature_provider().of_images(images)
         check_features(features, self.feature_dim)
-        gate = gate if gate is not None else find_gate(self.settings.spatial_gate, self.settings.origin("spatial_gate"))
+        if gate is None:
+            find_gate(self.settings.gate_name, self.settings.origin("spatial_gate"))
         shuffle = Shuffle.from_settings(self.settings)
         names = None if images is None else [image if isinstance(image, str | os.PathLike) else f"row {row}" for row, image in enumerate(images)]
-        with conditioning.in_force(GivenFeatures(self.film.film_id, features.detach(), gate, step, shuffle, names)):
+        given = GivenFeatures(self.film.film_id, features.detach(), self.settings, gate, step, shuffle, names)
+        with conditioning.in_force(given):
             yield
 
     def _feature_provider(self) -> FeatureProvider:

@@ -6,7 +6,7 @@ Instances, not closures: a deepcopied or unpickled UNet's hooks point at its own
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,10 @@ from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
 from vlmfilm_plugin.film.targets import match_targets, select_stages
 from vlmfilm_plugin.forward import context as conditioning
 from vlmfilm_plugin.forward.context import ForwardContext
+from vlmfilm_plugin.forward.first_pass import ForwardMasks
+from vlmfilm_plugin.forward.recompute import stacks
 from vlmfilm_plugin.forward.uncompiled import uncompiled
+from vlmfilm_plugin.host_spec import Masks
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 
 
@@ -68,18 +71,19 @@ class OpenContext:
     Args:
         arguments: names of the forward's arguments after self; the first is the UNet's input.
         condition: name of the one that holds the condition image, or None.
+        masks: where the mask is that spatial gates look at.
         expected: what is checked at the first forward.
     """
 
-    def __init__(self, arguments: Sequence[str], condition: str | None, expected: Expected) -> None:
-        self.arguments, self.condition, self.expected = tuple(arguments), condition, expected
+    def __init__(self, arguments: Sequence[str], condition: str | None, masks: Masks, expected: Expected) -> None:
+        self.arguments, self.condition, self.masks, self.expected = tuple(arguments), condition, masks, expected
         self._is_checked = False
 
     @uncompiled
     def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         film = getattr(unet, ATTRIBUTE)
         try:
-            context = self._context_for(unet, film, {**dict(zip(self.arguments, args, strict=False)), **kwargs})
+            context = self._context_for(unet, film, args, kwargs)
             if film.mode != "off":
                 context.prepare()
         except Exception:
@@ -88,7 +92,8 @@ class OpenContext:
             raise
         conditioning.push_context(context)
 
-    def _context_for(self, unet: nn.Module, film: FilmModule, arguments: Mapping[str, Any]) -> ForwardContext:
+    def _context_for(self, unet: nn.Module, film: FilmModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardContext:
+        arguments = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         mode = os.environ.get(MODE_VARIABLE, film.mode) if film.is_unpickled else film.mode
         if mode != film.mode:
             raise SettingsError(
@@ -121,7 +126,10 @@ class OpenContext:
                 "use torch.utils.checkpoint; a host's own checkpoint function stands in its adapter's `HostSpec.recompute`",
             )
         name = next((name for name in self.arguments[:1] if name in arguments), next(iter(arguments)))
-        return condition.open_context(film, arguments[name], arguments.get(self.condition) if self.condition else None)
+        x, image = arguments[name], arguments.get(self.condition) if self.condition else None
+        is_first_pass = any(running is film for running in stacks.first_passes)
+        masks = None if is_first_pass else ForwardMasks(unet, film, args, kwargs, x, self.masks)
+        return condition.open_context(film, x, image, masks)
 
 
 class CloseContext:
@@ -177,7 +185,9 @@ class ModulateBlock:
                 {"gamma": tuple(gamma.shape), "output": tuple(output.shape), "expected": "equal rows and channels"},
                 "pass one feature a row of the UNet's input",
             )
-        result = context.gated(output, modulate(output, gamma, beta))
+        result = modulate(output, gamma, beta)
+        if context.gate is not None:
+            result = context.gate.apply(stage.index, output, result)
         if context.recorder is not None:
             # Without a graph: what is saved for backward() must be the same when the block runs again, unrecorded.
             with torch.no_grad():

@@ -44,6 +44,8 @@ class _Stacks(threading.local):
         self.task = NO_TASK
         # FiLM of the contexts opened since a bound function began; None outside of one.
         self.opened: list[Any] | None = None
+        # FiLM modules whose UNet runs to serve a gate of its own.
+        self.first_passes: list[Any] = []
 
 
 stacks = _Stacks()

@@ -13,12 +13,12 @@ import os
 import sys
 from contextlib import AbstractContextManager
 from functools import partial
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from vlmfilm_plugin.entry_points import HOSTS, installed
 from vlmfilm_plugin.errors import SettingsError, VlmFilmError
-from vlmfilm_plugin.host_spec import ENTRY_POINTS
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE, read_mode, refuse_changed_mode
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Activation:
         if self._is_watching:
             return
         adapters: dict[str, list[EntryPoint]] = {}
-        for entry in entry_points(group=ENTRY_POINTS):
+        for entry in installed(HOSTS):
             adapters.setdefault(entry.name, []).append(entry)
         for name in adapters:
             if name in sys.modules and not is_initialising(sys.modules[name]):

@@ -140,6 +140,7 @@ class StepFacts:
     has_mixed_keys: bool = False
     permutation: Sequence[int] | None = None
     film_id: str = ""
+    response: Mapping[str, Any] | None = None
 
     def fields(self) -> dict[str, Any]:
         """Return the fields that are the same for every stage."""
@@ -157,6 +158,7 @@ class StepFacts:
             "film_bypass": self.mode == "off",
             "film_apply_point": self.apply_point,
             **cache_fields(self.cache),
+            **({} if self.response is None else {"vlm_response_debug": self.response}),
             "shuffle_perm_hash": None if self.permutation is None else permutation_hash(self.permutation),
         }
 
@@ -169,6 +171,8 @@ class Diagnostics:
     """Decide which steps are logged, and write the lines."""
 
     def __init__(self, settings: Settings) -> None:
+        self._is_enabled = settings.film_debug_enabled
+        self._responses_every = settings.vlm_response_debug_every_n_steps if settings.vlm_response_debug_enabled else None
         self._every = {"train": settings.film_log_every_n_steps_train}
         self._every_other = settings.film_log_every_n_steps_val
         self._stats_every = settings.vlm_cache_stats_every_n_steps if settings.vlm_cache_stats_enabled else None
@@ -181,12 +185,18 @@ class Diagnostics:
     def is_logged(self, phase: str, step: int | None, batch_idx: int | None) -> bool:
         """Tell whether this step is logged, on rank zero; with gradient accumulation, the first batch of a step alone."""
         count = step if phase == "train" else batch_idx
-        if not is_rank_zero() or count is None or count % self._every.get(phase, self._every_other):
+        if not (self._is_enabled and is_rank_zero()) or count is None or count % self._every.get(phase, self._every_other):
             return False
         if phase == "train":
             is_repeated, self._logged_step = step == self._logged_step, step
             return not is_repeated
         return True
+
+    def response(self, facts: StepFacts, note: str | None) -> Mapping[str, Any] | None:
+        """Return what the model answered about the first image of a batch, where `vlm_response_debug_enabled` asks for it at this step."""
+        if self._responses_every is None or note is None or (facts.phase == "train" and (facts.step or 0) % self._responses_every):
+            return None
+        return {"image_id": facts.keys[0], "prompt_idx": 0, "source": "generated" if facts.cache.miss else "cache", **_first_answer(note)}
 
     def enter_phase(self, phase: str) -> None:
         """Note the phase of a step that begins: the first step of another phase after a validation reports that validation."""
@@ -242,6 +252,17 @@ class StageRecorder:
         with torch.no_grad():
             numbers = statistics(before, after, gamma, beta, cond_vec)
         self._diagnostics.add(self._facts, stage, numbers)
+
+
+def _first_answer(note: str) -> dict[str, Any]:
+    """Return the answer to the first prompt, and the best candidates of its values where it has any; a note is a text, or JSON of several."""
+    try:
+        content = json.loads(note)
+    except ValueError:
+        return {"response": note}
+    if isinstance(content, dict) and "answers" in content:
+        return {"response": content["answers"][0], "fields": content["fields"][0]}
+    return {"response": content[0] if isinstance(content, list) and content else note}
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vlmfilm_plugin.errors import ConditionError
-from vlmfilm_plugin.film.gates import GateView, check_gate, find_gate
+from vlmfilm_plugin.film.gate_view import GateView, MaskReader
+from vlmfilm_plugin.film.gates import SpatialGate, gate_of
 from vlmfilm_plugin.film.module import FilmModule
 from vlmfilm_plugin.forward.context import ForwardContext
 from vlmfilm_plugin.host_spec import RowMap, same_rows
@@ -78,23 +79,24 @@ class RunningBatch:
     def serves(self, film: FilmModule) -> bool:
         return True
 
-    def open_context(self, film: FilmModule, x: Tensor, image: Tensor | None) -> ForwardContext:
+    def open_context(self, film: FilmModule, x: Tensor, image: Tensor | None, masks: MaskReader | None) -> ForwardContext:
         """Return the context of a forward; in evaluation what was computed for a batch is kept for all its forwards."""
         if film.mode == "off":
             return ForwardContext(film, None, recorder=self._recorder(film))
-        gate = self._gate(film, x, image)
         index = self._row_index.of(x, image)
         features = self._features_for(film, x.device)
+        gate = None if masks is None else self._gate(film, x, image, index, masks)
+        recorder = None if masks is None else self._recorder(film)
         if film.training or torch.is_grad_enabled():
-            return ForwardContext(film, features, index, recorder=self._recorder(film), gate=gate)
+            return ForwardContext(film, features, index, recorder=recorder, gate=gate)
         context = self._kept.context(film, x, features, index)
-        context.recorder, context.gate = self._recorder(film), gate
+        context.recorder, context.gate = recorder, gate
         return context
 
-    def _gate(self, film: FilmModule, x: Tensor, image: Tensor | None) -> Tensor | None:
-        settings = self._states.settings_of(film)
-        gate = find_gate(settings.spatial_gate, settings.origin("spatial_gate"))
-        return None if gate is None else check_gate(gate(GateView(x, image, self.given.content, self.given.phase)), x)
+    def _gate(self, film: FilmModule, x: Tensor, image: Tensor | None, index: Tensor | None, masks: MaskReader) -> SpatialGate | None:
+        given = self.given
+        view = GateView(x, image, given.content, given.phase, rows=index, samples=self.image.shape[0], epoch=given.epoch, masks=masks)
+        return gate_of(self._states.settings_of(film), view, film.architecture.stages)
 
     def _recorder(self, film: FilmModule) -> StageRecorder | None:
         if not self._is_logged or film.film_id in self._recorded:
@@ -120,6 +122,7 @@ class RunningBatch:
         features, permutation = self._shuffle(state, found) if film.mode == "shuffle" else (found.features, None)
         self._diagnostics.cache_stats(given.step, state.provider.stats)
         self._facts = self._step_facts(film, found, permutation)
+        self._facts.response = self._diagnostics.response(self._facts, state.provider.note_of(found.samples[0]))
         return features
 
     def _step_facts(self, film: FilmModule, found: BatchFeatures | None, permutation: list[int] | None) -> StepFacts:

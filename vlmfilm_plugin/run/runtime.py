@@ -29,8 +29,8 @@ from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.run.film_state import FilmStates
 from vlmfilm_plugin.run.log_lines import Diagnostics
 from vlmfilm_plugin.run.running_batch import HostBatch, RunningBatch
-from vlmfilm_plugin.settings.layers import Layer, environment_layers
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE, refuse_changed_mode
+from vlmfilm_plugin.settings.port_names import without_effect
 from vlmfilm_plugin.settings.record import Settings
 
 
@@ -45,10 +45,11 @@ class Runtime:
 
     def __init__(self, mode: str, environ: Mapping[str, str], base_dir: str) -> None:
         self.mode, self._environ, self._base_dir = mode, dict(environ), base_dir
-        self._host_layers: list[Layer] = []
+        self._host_config: Mapping[str, object] | None = None
         # Read when a model is first built: a model with FiLM of its own never asks.
         self._facts: Callable[[], CheckpointFacts | None] = lambda: None
         self._counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._said: set[str] = set()
         self._settings: Settings | None = None
         self._diagnostics: Diagnostics | None = None
         self._data_sets = DataSets()
@@ -68,7 +69,7 @@ class Runtime:
         return self._settings
 
     def _resolve(self) -> Settings:
-        settings = resolve_with(self._facts(), [*self._host_layers, *environment_layers(self._environ, self._base_dir)], self._base_dir)
+        settings = resolve_with(self._facts(), self._environ, self._base_dir, host=self._host_config)
         if not settings.use_vlm_film:
             raise SettingsError(
                 "this run was asked to be FiLM and not to be FiLM",
@@ -86,7 +87,7 @@ class Runtime:
 
     def host_config(self, values: Mapping[str, object], resume: str | None) -> None:
         """Take settings from the host's own configuration, and from the checkpoint it will resume from."""
-        self._host_layers = [("host config", values)]
+        self._host_config = values
         facts = peek(resume)
         self._facts = lambda: facts
         self._settings = self._diagnostics = None
@@ -112,9 +113,17 @@ class Runtime:
         if MODE_VARIABLE in self._environ:
             refuse_changed_mode(self._environ[MODE_VARIABLE])
         handle = install(
-            unet, settings, self.mode, targets=spec.targets, channels=spec.channels, condition=spec.condition, own_film=spec.own_condition
+            unet,
+            settings,
+            self.mode,
+            targets=spec.targets,
+            channels=spec.channels,
+            condition=spec.condition,
+            own_film=spec.own_condition,
+            masks=spec.masks,
         )
         self.attached += 1
+        self._say_without_effect(settings)
         self.states.built(handle.film, settings)
         stages = ", ".join(f"{stage.index} ({stage.path}, {stage.channels})" for stage in handle.stages)
         film_logger().info(
@@ -126,6 +135,12 @@ class Runtime:
             stages,
         )
         return handle
+
+    def _say_without_effect(self, settings: Settings) -> None:
+        line = without_effect(settings)
+        if line is not None and line not in self._said:
+            self._said.add(line)
+            film_logger().info("[VLM] settings without effect here: %s", line)
 
     def require_film(self, model: nn.Module, host: str) -> None:
         """Check that a host's model contains FiLM once it is built.

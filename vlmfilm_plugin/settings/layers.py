@@ -1,23 +1,104 @@
-"""The one order of precedence: layers of values, weakest first, merged into `Settings`.
-
-Order: default, preset, checkpoint's encoder, the host's own config, the file of `VLM_FILM_CONFIG`, environment `VLM_FILM_<NAME>`,
-arguments, checkpoint's architecture.
-"""
+"""The one order of precedence: layers of values, weakest first, merged into `Settings`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 from vlmfilm_plugin.errors import SettingsError
+from vlmfilm_plugin.settings.junctions import JunctionGating, parse_junctions
 from vlmfilm_plugin.settings.mode import CONFIG_VARIABLE, NOT_SETTINGS, PREFIX
-from vlmfilm_plugin.settings.parsing import PARSERS, EnvText, describe
+from vlmfilm_plugin.settings.parsing import PARSERS, BadEntries, EnvText, check, describe
+from vlmfilm_plugin.settings.port_names import ACCEPTED, refuse_drawn_predictions
 from vlmfilm_plugin.settings.record import ALIASES, FIELDS, PRESETS, Settings
-from vlmfilm_plugin.settings.yaml_file import read_yaml
+from vlmfilm_plugin.settings.yaml_file import read_mapping
 
 # A layer: where the values come from, and the values.
 Layer = tuple[str, Mapping[str, object]]
+
+PARSERS["junctions"] = parse_junctions
+
+
+class Level(NamedTuple):
+    """One rank of precedence: its name, and the words for it in the documentation."""
+
+    name: str
+    words: str
+
+
+# Weakest first. Everything that puts settings together asks `layers_of`, which goes by this list; `resolve` fills in the first two.
+ORDER = (
+    Level("default", "default"),
+    Level("preset", "`preset`"),
+    Level("checkpoint's encoder", "the encoder recorded in the checkpoint being loaded"),
+    Level("host config", "the host's YAML"),
+    Level("file", "the YAML file named by `VLM_FILM_CONFIG`"),
+    Level("environment", "the environment (`VLM_FILM_<NAME>`)"),
+    Level("argument", "arguments of `attach`"),
+    Level(
+        "checkpoint's architecture", "for what was built on top of the features (stages, widths, scales, apply point), the checkpoint being loaded"
+    ),
+)
+
+
+class Recorded(Protocol):
+    """What a checkpoint says, as settings: `encoder` and `gate` are defaults, `architecture` is law."""
+
+    @property
+    def origin(self) -> str: ...
+
+    @property
+    def encoder(self) -> Mapping[str, object]: ...
+
+    @property
+    def gate(self) -> Mapping[str, object]: ...
+
+    @property
+    def architecture(self) -> Mapping[str, object]: ...
+
+
+def layers_of(
+    environ: Mapping[str, str],
+    base_dir: str | Path | None = None,
+    *,
+    recorded: Recorded | None = None,
+    host: Mapping[str, object] | None = None,
+    arguments: Mapping[str, object] | None = None,
+) -> list[Layer]:
+    """Return the layers of a run, weakest first.
+
+    Args:
+        environ: names the file of `VLM_FILM_CONFIG`, and holds the `VLM_FILM_<NAME>` variables.
+        base_dir: what that file's path is relative to; default: the working directory.
+        recorded: what the checkpoint being loaded says.
+        host: settings in the host's own configuration.
+        arguments: settings that a caller gives by name.
+
+    Raises:
+        SettingsError: the file cannot be read, or is not a mapping.
+    """
+    found: dict[str, list[Layer]] = {"file": _of_file(environ, base_dir), "environment": _of_environment(environ)}
+    if recorded is not None:
+        origin = recorded.origin
+        found["checkpoint's encoder"] = [(origin, recorded.encoder), (origin, recorded.gate)]
+        found["checkpoint's architecture"] = [(origin, recorded.architecture)]
+    found |= {name: [(name, values)] for name, values in (("host config", host), ("argument", arguments)) if values is not None}
+    return [layer for level in ORDER for layer in found.get(level.name, ())]
+
+
+def _of_file(environ: Mapping[str, str], base_dir: str | Path | None) -> list[Layer]:
+    if CONFIG_VARIABLE not in environ:
+        return []
+    path = environ[CONFIG_VARIABLE]
+    file = Path(base_dir or Path.cwd()) / _expand(path, CONFIG_VARIABLE, "environment")
+    return [(path, read_mapping(file, f"the file of {CONFIG_VARIABLE}", "write one `name: value` a line"))]
+
+
+def _of_environment(environ: Mapping[str, str]) -> list[Layer]:
+    names = sorted(name for name in environ if name.startswith(PREFIX) and name not in NOT_SETTINGS)
+    return [("environment", {name: EnvText(environ[name])}) for name in names]
 
 
 def resolve(layers: Iterable[Layer], base_dir: str | Path | None = None) -> Settings:
@@ -28,14 +109,24 @@ def resolve(layers: Iterable[Layer], base_dir: str | Path | None = None) -> Sett
         base_dir: what relative paths are relative to; default: the working directory.
 
     Raises:
-        SettingsError: an unknown name (with the closest legal one) or a bad value; the message names the origin.
+        SettingsError: unknown names (each with the closest legal one) or bad values, all of them at once; the message names the origins.
     """
     values: dict[str, object] = {}
     origins: dict[str, str] = {}
+    accepted: dict[str, str] = {}
+    wrong: list[_Wrong] = []
     for origin, mapping in layers:
         for raw_name, raw in mapping.items():
-            name = _known_name(raw_name, origin)
-            values[name], origins[name] = _coerce(name, raw, origin), f"{origin}: {raw_name}"
+            try:
+                name = _known_name(raw_name, origin)
+                if name in ACCEPTED:
+                    accepted[name] = f"{origin}: {raw_name}"
+                else:
+                    values[name], origins[name] = _coerce(name, raw, origin), f"{origin}: {raw_name}"
+            except _Wrong as error:
+                wrong.append(error)
+    if wrong:
+        raise _refusal(wrong)
     preset = values.get("preset")
     for name, raw in PRESETS.get(str(preset), {}).items():
         if name not in values:
@@ -50,55 +141,80 @@ def resolve(layers: Iterable[Layer], base_dir: str | Path | None = None) -> Sett
     # A hub name stays one: only a folder that is there is a path, and the host may change its working directory.
     if model is not None and (folder := root / _expand(str(model), "model_name", origins["model_name"])).is_dir():
         values["model_name"] = str(folder)
-    return Settings(**values, origins=origins)  # type: ignore[arg-type]
+    settings = Settings(**values, origins=origins, accepted=accepted)  # type: ignore[arg-type]
+    refuse_drawn_predictions(settings)
+    _check_gate(settings)
+    return settings
 
 
-def environment_layers(environ: Mapping[str, str], base_dir: str | Path | None = None) -> list[Layer]:
-    """Return the layers of the file named by `VLM_FILM_CONFIG` (YAML) and of the `VLM_FILM_<NAME>` variables, in this order.
+class _Wrong(Exception):
+    """One name or value that cannot be used: the error of it alone, and its line among others."""
 
-    Raises:
-        SettingsError: the file cannot be read, or is not a mapping.
-    """
-    layers: list[Layer] = []
-    if CONFIG_VARIABLE in environ:
-        path = environ[CONFIG_VARIABLE]
-        layers.append((path, read_yaml(Path(base_dir or Path.cwd()) / _expand(path, CONFIG_VARIABLE, "environment"))))
-    for variable in sorted(environ):
-        if variable.startswith(PREFIX) and variable not in NOT_SETTINGS:
-            layers.append(("environment", {variable: EnvText(environ[variable])}))
-    return layers
+    def __init__(self, error: SettingsError, label: str, text: str) -> None:
+        super().__init__(str(error))
+        self.error, self.label, self.text = error, label, text
 
 
-def _known_name(raw: str, origin: str) -> str:
+def _refusal(wrong: list[_Wrong]) -> SettingsError:
+    if len(wrong) == 1:
+        return wrong[0].error
+    # Two layers may hold the same wrong name.
+    facts = {
+        f"{item.label} ({number})" if item.label in {other.label for other in wrong[: number - 1]} else item.label: item.text
+        for number, item in enumerate(wrong, 1)
+    }
+    return SettingsError(f"cannot use {len(wrong)} settings", facts, "correct each of them, or take it out")
+
+
+def _known_name(raw: object, origin: str) -> str:
     name = str(raw)
     if origin == "environment":
         name = name[len(PREFIX) :].lower()
     name = ALIASES.get(name, name)
-    if name in FIELDS:
+    if name in FIELDS or name in ACCEPTED:
         return name
     closest = get_close_matches(name, [*FIELDS, *ALIASES], n=1)
     spelt = f"{PREFIX}{closest[0].upper()}" if closest and origin == "environment" else (closest[0] if closest else None)
-    raise SettingsError(
+    error = SettingsError(
         "cannot use a setting: unknown name",
         {"found": f"{raw!r}   (from {origin})", **({"closest": repr(spelt)} if spelt else {})},
         f"write {spelt!r}, or take it out" if spelt else f"take it out; legal names: {', '.join(FIELDS)}",
     )
+    raise _Wrong(error, str(raw), f"unknown name   (from {origin})" + (f", closest {spelt!r}" if spelt else ""))
 
 
 def _coerce(name: str, raw: object, origin: str) -> object:
     rules = FIELDS[name].metadata
-    is_text = isinstance(raw, EnvText)
-    if raw is None or (is_text and str(raw).strip().lower() in {"none", "null", "~"}):
-        if rules["optional"]:
-            return None
-        raise _bad(name, raw, origin, describe(rules))
+    spelt = f"{PREFIX}{name.upper()}" if origin == "environment" else name
     try:
-        value = PARSERS[rules["kind"]](raw, is_text)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise _bad(name, raw, origin, describe(rules)) from error
-    if (rules["choices"] and value not in rules["choices"]) or (rules["low"] is not None and value < rules["low"]):
-        raise _bad(name, raw, origin, describe(rules))
-    return value
+        return check(rules, raw, isinstance(raw, EnvText))
+    except BadEntries as bad:
+        facts = {f"{name}.{entry}": text for entry, text in bad.entries.items()}
+        error = SettingsError(f"cannot use setting `{name}`: bad entries", {**facts, "from": origin}, f"correct them in {spelt}, or take it out")
+        raise _Wrong(error, spelt, f"{bad}   (from {origin})") from bad
+    except (TypeError, ValueError, OverflowError) as bad:
+        found, expected = f"{raw!r}   (from {origin})", describe(rules)
+        error = SettingsError(f"cannot use setting `{name}`: bad value", {"found": found, "expected": expected}, f"correct {spelt}, or take it out")
+        raise _Wrong(error, spelt, f"{found}, expected {expected}") from bad
+
+
+def _check_gate(settings: Settings) -> None:
+    """Refuse a junction block beside a gate of another name, and gated stages that carry no FiLM."""
+    block = settings.junction_gating_config
+    if not isinstance(block, JunctionGating) or not block.enabled:
+        return
+    origin = settings.origin("junction_gating_config")
+    if settings.gate_name != "vessel_junctions":
+        facts = {
+            "found": f"spatial_gate {settings.spatial_gate!r}   (from {settings.origin('spatial_gate')})",
+            "and": f"an enabled block   (from {origin})",
+        }
+        raise SettingsError("cannot use `junction_gating_config` with another spatial gate", facts, "take one of them out")
+    extra = sorted(set(block.apply_stages or ()) - set(settings.decoder_stages or block.apply_stages or ()))
+    if extra:
+        found, film = f"apply_stages {list(block.apply_stages or ())}   (from {origin})", list(settings.decoder_stages or ())
+        facts = {"found": found, "without FiLM": str(extra), "expected": f"stages of decoder_stages {film}"}
+        raise SettingsError("cannot use `junction_gating_config`: it gates stages that carry no FiLM", facts, "correct `apply_stages`")
 
 
 def _expand(path: str, name: str, origin: str) -> Path:
@@ -108,10 +224,3 @@ def _expand(path: str, name: str, origin: str) -> Path:
         raise SettingsError(
             f"cannot use the path of `{name}`", {"found": f"{path!r}   (from {origin})", "error": error}, "write the folder out in full"
         ) from error
-
-
-def _bad(name: str, raw: object, origin: str, expected: str) -> SettingsError:
-    spelt = f"{PREFIX}{name.upper()}" if origin == "environment" else name
-    return SettingsError(
-        f"cannot use setting `{name}`: bad value", {"found": f"{raw!r}   (from {origin})", "expected": expected}, f"correct {spelt}, or take it out"
-    )

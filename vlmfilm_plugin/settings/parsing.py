@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 
 class EnvText(str):
     """Text from the environment: every kind is spelt as text there."""
+
+
+class BadEntries(ValueError):
+    """A value made of named entries, of which some are wrong: entry -> what was found and what was expected."""
+
+    def __init__(self, entries: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"{name}: {text}" for name, text in entries.items()))
+        self.entries = dict(entries)
+
+
+def setting(
+    default: object, kind: str, *, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None, optional: bool = False
+) -> Any:
+    """Declare a field of a record of settings: its default, its kind, and what it may be."""
+    return field(default=default, metadata={"kind": kind, "choices": choices, "low": low, "high": high, "optional": optional})
 
 
 _KINDS = {
@@ -20,6 +36,8 @@ _KINDS = {
     "path": "a path",
     "stages": "a list of whole numbers >= 0",
     "texts": "a list of texts (in the environment a JSON list)",
+    "stages_or_all": "same_as_film, or a list of whole numbers >= 0",
+    "junctions": "a mapping of its entries (in the environment a JSON object)",
 }
 
 
@@ -28,7 +46,26 @@ def describe(rules: Mapping[str, Any]) -> str:
     text = "one of " + ", ".join(rules["choices"]) if rules["choices"] else _KINDS[rules["kind"]]
     if rules["low"] is not None:
         text += f" >= {rules['low']:g}"
+    if rules["high"] is not None:
+        text += f" and <= {rules['high']:g}"
     return text + (", or null" if rules["optional"] else "")
+
+
+def check(rules: Mapping[str, Any], raw: object, is_text: bool) -> object:
+    """Return the value of a field with these rules, as it was written in `raw`.
+
+    Raises:
+        TypeError, ValueError, OverflowError: it is none.
+    """
+    if raw is None or (is_text and str(raw).strip().lower() in {"none", "null", "~"}):
+        if rules["optional"]:
+            return None
+        raise ValueError(raw)
+    value = PARSERS[rules["kind"]](raw, is_text)
+    is_outside = (rules["low"] is not None and value < rules["low"]) or (rules["high"] is not None and value > rules["high"])
+    if is_outside or (rules["choices"] and value not in rules["choices"]):
+        raise ValueError(raw)
+    return value
 
 
 def _parse_bool(raw: object, is_text: bool) -> bool:
@@ -86,7 +123,11 @@ def _parse_texts(raw: object, is_text: bool) -> tuple[str, ...]:
     return tuple(_parse_str(item, is_text) for item in items)
 
 
-PARSERS = {
+def _parse_stages_or_all(raw: object, is_text: bool) -> tuple[int, ...] | None:
+    return None if raw in ("same_as_film", None) else _parse_stages(raw, is_text)
+
+
+PARSERS: dict[str, Callable[[Any, bool], Any]] = {
     "bool": _parse_bool,
     "int": _parse_int,
     "float": _parse_float,
@@ -94,4 +135,5 @@ PARSERS = {
     "path": _parse_path,
     "stages": _parse_stages,
     "texts": _parse_texts,
+    "stages_or_all": _parse_stages_or_all,
 }

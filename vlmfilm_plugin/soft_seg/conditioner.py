@@ -21,7 +21,7 @@ from vlmfilm_plugin.film.statistics import condition_statistics
 from vlmfilm_plugin.run.batch_strategy import BatchStrategy
 from vlmfilm_plugin.run.feature_lookup import FeatureLookup
 from vlmfilm_plugin.run.log_lines import COND_SOURCES, Diagnostics, cache_fields, key_fields, line_of, write_cache_key
-from vlmfilm_plugin.settings.layers import environment_layers, resolve
+from vlmfilm_plugin.settings.layers import layers_of, resolve
 from vlmfilm_plugin.settings.mode import read_mode
 from vlmfilm_plugin.soft_seg.naming import named_samples, names_of_rows, source_of_keys
 
@@ -69,7 +69,7 @@ class VLMConditioner(nn.Module):
         # The environment sets what the seed's arguments have no word for: `dataset_root`, which calls are logged, `shuffle_seed`.
         given = {name: value for name, value in locals().items() if name not in {"self", "enabled", "value_range", "__class__"}}
         self.enabled, self.value_range = enabled, value_range
-        self.settings = resolve([*environment_layers(os.environ), ("argument", given)])
+        self.settings = resolve(layers_of(os.environ, arguments=given))
         if not enabled:
             return
         self._provider = FeatureProvider.from_settings(self.settings)

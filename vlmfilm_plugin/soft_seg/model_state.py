@@ -9,7 +9,7 @@ from typing import Any
 
 from vlmfilm_plugin.features.shuffle import Shuffle
 from vlmfilm_plugin.run.log_lines import ModelLines
-from vlmfilm_plugin.settings.layers import environment_layers, resolve
+from vlmfilm_plugin.settings.layers import layers_of, resolve
 from vlmfilm_plugin.settings.mode import PREFIX
 from vlmfilm_plugin.soft_seg.call import Call
 
@@ -90,5 +90,5 @@ def shuffle_of_environment() -> Shuffle:
     key = tuple(sorted(variables.items()))
     if key not in _shuffles:
         _shuffles.clear()
-        _shuffles[key] = Shuffle.from_settings(resolve(environment_layers(variables)))
+        _shuffles[key] = Shuffle.from_settings(resolve(layers_of(variables)))
     return _shuffles[key]

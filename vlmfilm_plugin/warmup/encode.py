@@ -21,13 +21,17 @@ from vlmfilm_plugin.checkpoints.peek import peek
 from vlmfilm_plugin.errors import EncoderError, FeatureError, ImageReadError, VlmFilmError
 from vlmfilm_plugin.features.provider import FeatureProvider, Sample
 from vlmfilm_plugin.features.store.protocol import SourceStamp
-from vlmfilm_plugin.settings.layers import Layer, environment_layers, resolve
+from vlmfilm_plugin.settings.arguments import signature_with_settings
+from vlmfilm_plugin.settings.layers import layers_of, resolve
 from vlmfilm_plugin.settings.record import Settings
 from vlmfilm_plugin.warmup.image_list import Plan, read_plan, samples_of
 from vlmfilm_plugin.warmup.processes import Ranks, WarmupProgress, WarmupReport
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
+    from typing_extensions import Unpack
+
+    from vlmfilm_plugin.settings.arguments import SettingsArguments
 
 BATCH = 64
 _LOOK_AHEAD = 512  # keys a look-up in the store
@@ -41,7 +45,7 @@ def warmup_vlm_cache(
     splits: Sequence[str] = ("train", "val", "test"),
     *,
     show_progress: bool = True,
-    **settings: object,
+    **settings: Unpack[SettingsArguments],
 ) -> WarmupReport:
     """Encode every image of a data set into the feature store, under the keys that training looks up.
 
@@ -57,7 +61,10 @@ def warmup_vlm_cache(
         SettingsError, HostError: the source cannot be listed, or a setting is wrong.
         EncoderError: the encoder cannot be loaded. StoreError: the store cannot be written.
     """
-    return warm_up(config, splits, settings, show_progress=show_progress)
+    return warm_up(config, splits, dict(settings), show_progress=show_progress)
+
+
+warmup_vlm_cache.__signature__ = signature_with_settings(warmup_vlm_cache)  # type: ignore[attr-defined]
 
 
 def warm_up(
@@ -96,10 +103,7 @@ def warm_up(
 
 
 def _settings(plan: Plan, given: Mapping[str, object]) -> Settings:
-    layers: list[Layer] = []
-    if (facts := peek(plan.resume)) is not None:
-        layers.append((f"checkpoint {facts.path}", facts.encoder))
-    return resolve([*layers, ("host config", plan.settings), *environment_layers(os.environ), ("argument", given)])
+    return resolve(layers_of(os.environ, recorded=peek(plan.resume), host=plan.settings, arguments=given))
 
 
 class _Warmup:

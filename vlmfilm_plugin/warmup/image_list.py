@@ -10,17 +10,17 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from vlmfilm_plugin.entry_points import HOSTS, installed
 from vlmfilm_plugin.errors import HostError, SettingsError
 from vlmfilm_plugin.features.batch_names import RowNames
 from vlmfilm_plugin.features.cache_key import sample_keys
 from vlmfilm_plugin.features.images import read_image
 from vlmfilm_plugin.features.provider import Sample
-from vlmfilm_plugin.host_spec import ENTRY_POINTS
 from vlmfilm_plugin.hosts.registry import AdapterRegistry
+from vlmfilm_plugin.settings.yaml_file import read_mapping
 
 logger = logging.getLogger("vlmfilm.warmup")
 
@@ -74,7 +74,7 @@ def read_plan(source: str | os.PathLike[str] | Mapping[str, Any], splits: Sequen
     else:
         path = Path(source).expanduser()
         if path.suffix.lower() in CONFIG_SUFFIXES:
-            plan = _host_plan(_read_yaml(path), splits, str(path))
+            plan = _host_plan(read_mapping(path, "what to encode", "give the YAML that the host's training script takes"), splits, str(path))
         elif path.is_dir():
             plan = Plan(str(path), [_by_path(image, as_split) for image in _walk(path)])
         else:
@@ -93,7 +93,7 @@ def samples_of(plan: Plan, dataset_root: str | None) -> list[Sample]:
 
 def _host_plan(config: Mapping[str, Any], splits: Sequence[str], origin: str) -> Plan:
     registry = AdapterRegistry()
-    for _, entry in sorted({entry.value: entry for entry in entry_points(group=ENTRY_POINTS)}.items()):
+    for _, entry in sorted({entry.value: entry for entry in installed(HOSTS)}.items()):
         registry.load(entry)
     # A broken host adapter of another host must not stop this one.
     for name, error in registry.failures:
@@ -105,19 +105,6 @@ def _host_plan(config: Mapping[str, Any], splits: Sequence[str], origin: str) ->
         raise HostError("cannot list the images of this configuration", facts, "give a folder or a list of images instead")
     listing = found[0]
     return Plan(origin, [Entry(Path(image.path), image.fields) for image in listing.images], listing.settings, listing.resume)
-
-
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _unreadable(path, error, "a YAML file") from error
-    if not isinstance(content, Mapping):
-        facts = {"file": path, "found": type(content).__name__, "expected": "a mapping"}
-        raise SettingsError("cannot use this configuration", facts, "give the YAML that the host's training script takes")
-    return content
 
 
 def _read_list(path: Path, splits: Sequence[str], as_split: str | None) -> Iterator[Entry]:
