@@ -37,7 +37,7 @@ def test_each_sample_gets_its_own_feature_and_the_counts_are_of_this_batch_alone
     again = found.of_batch(*batch(tmp_path, "2.png", "1.png"), UNIT)
     assert torch.equal(first.features, again.features[[1, 0]]) and not torch.equal(first.features[0], first.features[1])
     assert (first.cache.total, first.cache.miss, again.cache.total, again.cache.mem_hit) == (2, 2, 2, 2)
-    assert [sample.key for sample in first.used] == first.keys == again.keys[::-1] and not first.is_without_file
+    assert first.used == first.samples and first.keys == again.keys[::-1] and not first.is_without_file
 
 
 def test_a_held_feature_is_that_of_the_step_that_chose_it_and_evaluation_leaves_it_alone(tmp_path: Path) -> None:
@@ -46,15 +46,16 @@ def test_a_held_feature_is_that_of_the_step_that_chose_it_and_evaluation_leaves_
     own = found.of_batch(*batch(tmp_path, "3.png"), UNIT, step=1)
     held = found.of_batch(*batch(tmp_path, "3.png", "2.png", "1.png"), UNIT, step=1, is_train=True)
     assert held.features.shape[0] == 3 and torch.equal(held.features, first.features[:1].expand(3, -1))
-    assert {sample.key for sample in held.used} == {first.keys[0]} and [sample.key for sample in own.used] == own.keys and held.cache.total == 0
+    assert {sample.key for sample in held.used} == {first.keys[0]} and own.used == own.samples and held.cache.total == 0
 
 
 def test_names_of_the_caller_decide_what_counts_as_the_same_image(tmp_path: Path) -> None:
     found = lookup(tmp_path, "first", "image_id", 1)
     crops = torch.rand(2, 1, 1, 8, 8)
-    first = found.of_samples(found.provider.samples_of(None, crops[0], UNIT), step=0, is_train=True, names=["patient"])
-    second = found.of_samples(found.provider.samples_of(None, crops[1], UNIT), step=1, is_train=True, names=["patient"])
-    third = found.of_samples(found.provider.samples_of(None, crops[1], UNIT), step=2, is_train=True, names=["another"])
+    first, second, third = (
+        found.of_samples(found.provider.samples_of(None, crops[min(step, 1)], UNIT), step=step, is_train=True, names=[name])
+        for step, name in enumerate(("patient", "patient", "another"))
+    )
     assert torch.equal(first.features, second.features) and not torch.equal(first.features, third.features)
 
 

@@ -29,13 +29,15 @@ def test_rows_that_are_the_samples_need_no_index() -> None:
     assert RowIndex(same_rows, "train", IMAGE).of(torch.zeros(2, 3), None) is None
 
 
-def test_a_map_is_asked_once_a_number_of_rows_in_training() -> None:
+def test_a_map_is_asked_once_for_a_number_of_rows_and_a_condition() -> None:
     counted = Counted()
-    index = RowIndex(counted, "train", IMAGE)
+    index, condition = RowIndex(counted, "train", IMAGE), torch.zeros(4, 1, 4, 4)
     for rows in (4, 4, 6, 4):
-        found = index.of(torch.zeros(rows, 1), torch.zeros(rows, 1, 4, 4))
+        found = index.of(torch.zeros(rows, 1), condition)
         assert found is not None and found.tolist() == [row * 2 // rows for row in range(rows)]
-    assert [view.rows for view in counted.views] == [4, 6] and counted.views[0].image is IMAGE
+    index.of(torch.zeros(4, 1), condition.clone())
+    assert [view.rows for view in counted.views] == [4, 6, 4], "another condition may hold other rows"
+    assert counted.views[0].image is IMAGE
 
 
 def test_in_evaluation_of_several_images_another_condition_is_asked_anew_and_one_image_is_not() -> None:
