@@ -143,7 +143,7 @@ def output_channels(block: nn.Module) -> int:
         raise HostError(
             f"cannot tell the channels of a {type(block).__name__}",
             {"found": "no Conv2d in it", "expected": "a block of convolutions"},
-            "correct `targets`, or let the adapter state `channels`",
+            "correct `targets`, or let the host adapter state `channels`",
         )
     return convolutions[-1].out_channels
 

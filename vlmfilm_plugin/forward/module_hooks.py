@@ -123,7 +123,7 @@ class OpenContext:
             raise ConditionError(
                 f"{type(unet).__name__} runs again in backward(), and the condition of its forward is not known any more",
                 {"found": "a condition from outside of this backward()", "likely": "a checkpoint function other than torch's around the whole UNet"},
-                "use torch.utils.checkpoint; a host's own checkpoint function stands in its adapter's `HostSpec.recompute`",
+                "use torch.utils.checkpoint; a host's own checkpoint function stands in its host adapter's `HostSpec.recompute`",
             )
         name = next((name for name in self.arguments[:1] if name in arguments), next(iter(arguments)))
         x, image = arguments[name], arguments.get(self.condition) if self.condition else None

@@ -111,9 +111,9 @@ class _Watch:
             self._count += 1
             if self._count == 1:
                 self._undo = [_wrap(torch_checkpoint.CheckpointFunction, "forward", 1, keep=False)]
-                frame = getattr(torch_checkpoint, "_CheckpointFrame", None)
+                kept = getattr(torch_checkpoint, "_CheckpointFrame", None)
                 # Private to torch. Without it a block that is run again finds nothing open, and raises.
-                self._undo += [] if frame is None else [_wrap(frame, "__init__", 1, keep=True)]
+                self._undo += [] if kept is None else [_wrap(kept, "__init__", 1, keep=True)]
 
     def leave(self) -> None:
         """Undo one `enter`."""
