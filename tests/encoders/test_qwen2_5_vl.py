@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from vlmfilm_plugin.encoders import _folder_digest as _digest
 from vlmfilm_plugin.encoders import _loading as loading
 from vlmfilm_plugin.encoders._folder_digest import folder_digest
+from vlmfilm_plugin.encoders._identity import Weights, weights_of
 from vlmfilm_plugin.encoders._pooling import image_tokens
 from vlmfilm_plugin.encoders._weights import WeightFiles, find_prefix
 from vlmfilm_plugin.encoders.base import Encoder, encode_annotated
@@ -324,8 +326,9 @@ def test_identity_ignores_what_does_not_decide_a_feature(tiny_qwen: Path) -> Non
 
 def test_hub_models_are_identified_by_name_and_commit() -> None:
     settings = _settings("some/model", revision="main")
-    assert loading.model_facts(settings, SimpleNamespace(_commit_hash="c0ffee")) == {"model": "some/model", "revision": "c0ffee"}
-    assert loading.model_facts(settings, SimpleNamespace(_commit_hash=None)) == {"model": "some/model", "revision": "main"}
+    for commit, revision in (("c0ffee", "c0ffee"), (None, "main")):
+        weights = weights_of(settings, SimpleNamespace(_commit_hash=commit), lambda: None)
+        assert weights == Weights({"model": "some/model", "revision": revision})
 
 
 def test_any_byte_of_a_weight_file_changes_the_identity(tmp_path: Path) -> None:
@@ -335,19 +338,20 @@ def test_any_byte_of_a_weight_file_changes_the_identity(tmp_path: Path) -> None:
         if position is not None:
             content[position] = 1
         (tmp_path / "model.safetensors").write_bytes(content)
-        digests.add(folder_digest(tmp_path, str(tmp_path / "cache")))
+        digests.add(folder_digest(tmp_path, ["model.safetensors"], str(tmp_path / "cache")))
     assert len(digests) == 6
 
 
 def test_a_weight_file_is_read_once_and_its_digest_is_kept_for_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    first = folder_digest(tmp_path, str(tmp_path / "cache"))
+    time.sleep(0.1)  # a file that was just written is read again
+    first = folder_digest(tmp_path, ["model.safetensors"], str(tmp_path / "cache"))
     monkeypatch.setattr(_digest, "_known", {})  # as a new process would have it
     monkeypatch.setattr(_digest, "_file_digest", None)
-    assert folder_digest(tmp_path, str(tmp_path / "cache")) == first
+    assert folder_digest(tmp_path, ["model.safetensors"], str(tmp_path / "cache")) == first
     monkeypatch.undo()
     (tmp_path / "cache" / _digest.MEMORY).write_text("not json")
-    assert folder_digest(tmp_path, str(tmp_path / "cache")) == first
+    assert folder_digest(tmp_path, ["model.safetensors"], str(tmp_path / "cache")) == first
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ class Settings:
     dataset_root: str | None = _setting(None, "path", optional=True)
     embedding_dtype: str = _setting("float16", "str", choices=("float16", "float32"))
     on_missing_feature: str = _setting("encode", "str", choices=("encode", "error"))
+    accept_narrow_range: bool = _setting(False, "bool")
     # which feature conditions which row
     batch_strategy: str = _setting("per_sample", "str", choices=("per_sample", "first", "random"))
     reuse_policy: str = _setting("step_interval", "str", choices=("step_interval", "image_id"))
