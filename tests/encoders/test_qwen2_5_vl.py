@@ -110,12 +110,16 @@ def test_no_images_give_no_features(tiny_qwen: Path) -> None:
     assert _image_encoder(tiny_qwen).encode([]).shape == (0, 32)
 
 
-def test_building_reads_no_weights_and_identity_and_width_need_none(copy_of_tiny: Path) -> None:
+def test_building_loads_no_weights_and_without_them_there_is_no_identity(copy_of_tiny: Path) -> None:
+    for encoder in (_image_encoder(copy_of_tiny), _text_encoder(copy_of_tiny)):
+        assert encoder.identity.fingerprint.startswith("qwen2_5_vl-") and not encoder.is_loaded
     (copy_of_tiny / "model.safetensors").unlink()
     for encoder in (_image_encoder(copy_of_tiny), _text_encoder(copy_of_tiny)):
-        assert encoder.feature_dim == 32 and not encoder.is_loaded and encoder.identity.fingerprint.startswith("qwen2_5_vl-")
+        assert encoder.feature_dim == 32 and not encoder.is_loaded
         with pytest.raises(EncoderError, match="load the weights"):
             encoder.encode([Image.new("RGB", (56, 56))])
+        with pytest.raises(EncoderError, match="find the weights"):
+            _ = encoder.identity
         assert not encoder.is_loaded
 
 

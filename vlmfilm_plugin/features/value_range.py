@@ -19,7 +19,9 @@ LOOKED_AT = 64
 _FIRST_LOOK = 8
 _SHARE = 0.25
 # The range of a set is that of most of its images: one image of another kind, or with text burnt in, must not decide.
-_LOW, _HIGH = 10, 90
+_MOST = 90
+# Fewer are looked at where half of the first are wide already.
+_HALF = 50
 
 Item = TypeVar("Item")
 Range = tuple[float, float, float]
@@ -41,9 +43,9 @@ def refuse_narrow_range(paths: Iterable[Path]) -> None:
             found = None
         if found is not None:
             ranges.append(found)
-        if count % _FIRST_LOOK == 0 and len(ranges) == count and not _narrow(ranges):
+        if count % _FIRST_LOOK == 0 and len(ranges) == count and not _narrow(ranges, _HALF):
             return
-    if narrow := _narrow(ranges):
+    if narrow := _narrow(ranges, _MOST):
         low, high, limit, images = narrow
         share = 100 * (high - low) / limit
         raise NarrowRangeError(
@@ -77,13 +79,16 @@ def _spread(items: Sequence[Item]) -> list[Item]:
     return [chosen[index] for start in range(_FIRST_LOOK) for index in range(start, count, _FIRST_LOOK)]
 
 
-def _narrow(ranges: Sequence[Range]) -> tuple[float, float, float, int] | None:
+def _narrow(ranges: Sequence[Range], percent: int) -> tuple[float, float, float, int] | None:
     """Return low, high, limit and number of the images whose container is used too little, or None."""
     for limit in {limit for _, _, limit in ranges}:
-        same = [(low, high) for low, high, other in ranges if other == limit]
-        if 10 * len(same) < len(ranges):
+        lows, highs = zip(*[(low, high) for low, high, other in ranges if other == limit], strict=True)
+        if len(lows) * _FIRST_LOOK < len(ranges):
             continue  # a few files of another depth are no data set
-        low, high = float(np.percentile([low for low, _ in same], _LOW)), float(np.percentile([high for _, high in same], _HIGH))
+        # Of very few images each counts.
+        share = percent if len(lows) >= _FIRST_LOOK else 100
+        low = float(np.percentile(lows, 100 - share, method="higher"))
+        high = float(np.percentile(highs, share, method="lower"))
         if high - low < _SHARE * limit:
-            return low, high, limit, len(same)
+            return low, high, limit, len(lows)
     return None
