@@ -211,9 +211,9 @@ def test_another_class_of_image_processor_and_a_rare_value_are_part_of_the_ident
 # Folders from which something else would be loaded, or run
 
 
-def test_an_adapter_is_refused_by_name(clip: Path) -> None:
+def test_what_peft_has_saved_is_refused_by_name(clip: Path) -> None:
     (clip / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "elsewhere/base", "peft_type": "LORA"}))
-    with pytest.raises(EncoderError, match=r"(?s)adapter of PEFT.*merge"):
+    with pytest.raises(EncoderError, match=r"(?s)PEFT.*merge"):
         encoder_of(clip)
 
 

@@ -9,7 +9,7 @@ from vlmfilm_plugin.errors import EncoderError
 
 
 def refuse_other_layouts(folder: Path | None, model: str) -> None:
-    """Refuse an adapter and a distributed checkpoint in a local folder.
+    """Refuse what PEFT has saved, and a distributed checkpoint, in a local folder.
 
     Args:
         folder: None for a model of the hub.
@@ -18,8 +18,10 @@ def refuse_other_layouts(folder: Path | None, model: str) -> None:
     if folder is None:
         return
     if (folder / "adapter_config.json").is_file():
-        facts = {"model": model, "found": "adapter_config.json: its base model lies elsewhere", "expected": "a model with all its weights"}
-        raise EncoderError("cannot use this model: it is an adapter of PEFT", facts, "merge it (merge_and_unload) and save the model it gives")
+        facts = {"model": model, "found": "adapter_config.json", "expected": "a model with all its weights"}
+        raise EncoderError(
+            "cannot use this model: PEFT has saved what it adds to another one", facts, "merge it (merge_and_unload) and save the model it gives"
+        )
     if shard := next(folder.glob("shard-?????-model-*.safetensors"), None):
         facts = {"model": model, "found": shard.name, "expected": "model.safetensors, or an index of its parts"}
         raise EncoderError("cannot use this model: it is a distributed checkpoint", facts, "load it with transformers and save it by save_pretrained")
