@@ -25,7 +25,8 @@ from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.encoders.registry import build_encoder
 from vlmfilm_plugin.errors import EncoderError
 from vlmfilm_plugin.features.provider import FeatureProvider, Sample
-from vlmfilm_plugin.features.store.store import FeatureStore, SourceStamp, StoredFeature
+from vlmfilm_plugin.features.store.protocol import SourceStamp, StoredFeature
+from vlmfilm_plugin.features.store.store import FeatureStore
 from vlmfilm_plugin.settings.layers import resolve
 
 IMAGES = tiny_encoders.noise([(40, 40)])
