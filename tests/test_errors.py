@@ -45,4 +45,6 @@ def test_tree_is_the_one_drawn_in_the_module_docstring() -> None:
     assert parents.pop("VlmFilmError") == "RuntimeError"
     assert parents.pop("TargetMatchError") == "HostError"
     assert parents.pop("MissingFeatureError") == "ConditionError"
+    assert parents.pop("NarrowRangeError") == "ImageReadError"
+    assert parents.pop("UnsteadyEncoderError") == "EncoderError"
     assert set(parents.values()) == {"VlmFilmError"}

@@ -8,7 +8,9 @@
     │   └── MissingFeatureError
     ├── FeatureError           a feature of the wrong width, or with NaN or infinity
     ├── ImageReadError         a source image cannot be read
+    │   └── NarrowRangeError   a whole data set reaches the encoder nearly black, or nearly flat
     ├── EncoderError           an encoder cannot be found, loaded or run
+    │   └── UnsteadyEncoderError   the same image gets different features
     ├── StoreError             the feature store cannot be opened, read or written
     └── CheckpointError        a checkpoint does not fit the FiLM of this run
 
@@ -76,8 +78,16 @@ class ImageReadError(VlmFilmError):
     """A source image is missing, damaged, or of a kind that cannot be read."""
 
 
+class NarrowRangeError(ImageReadError):
+    """The images of a data set use less than a quarter of the range that their files can hold."""
+
+
 class EncoderError(VlmFilmError):
     """An encoder is unknown, or its model cannot be found, loaded or run."""
+
+
+class UnsteadyEncoderError(EncoderError):
+    """An encoder draws at random, or its feature of an image depends on the images beside it."""
 
 
 class StoreError(VlmFilmError):

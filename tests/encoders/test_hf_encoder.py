@@ -172,9 +172,11 @@ def test_building_reads_no_weights_and_identity_ignores_dtype(name: str, tmp_pat
     assert _encoder(folder).identity.fingerprint != fingerprint
     (folder / "model.safetensors").unlink()
     encoder = _encoder(folder)
-    assert encoder.feature_dim and encoder.identity and not encoder.is_loaded
+    assert encoder.feature_dim and not encoder.is_loaded
     with pytest.raises(EncoderError, match="load the weights"):
         encoder.encode([Image.new("RGB", (64, 64))])
+    with pytest.raises(EncoderError, match="find the weights"):
+        _ = encoder.identity
 
 
 def test_identity_follows_the_preprocessing(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from vlmfilm_plugin.encoders import _folder_digest as _digest
 from vlmfilm_plugin.encoders import _loading as loading
 from vlmfilm_plugin.encoders._folder_digest import folder_digest
+from vlmfilm_plugin.encoders._identity import Weights, weights_of
 from vlmfilm_plugin.encoders._pooling import image_tokens
 from vlmfilm_plugin.encoders._weights import WeightFiles, find_prefix
 from vlmfilm_plugin.encoders.base import Encoder, encode_annotated
@@ -108,12 +110,16 @@ def test_no_images_give_no_features(tiny_qwen: Path) -> None:
     assert _image_encoder(tiny_qwen).encode([]).shape == (0, 32)
 
 
-def test_building_reads_no_weights_and_identity_and_width_need_none(copy_of_tiny: Path) -> None:
+def test_building_loads_no_weights_and_without_them_there_is_no_identity(copy_of_tiny: Path) -> None:
+    for encoder in (_image_encoder(copy_of_tiny), _text_encoder(copy_of_tiny)):
+        assert encoder.identity.fingerprint.startswith("qwen2_5_vl-") and not encoder.is_loaded
     (copy_of_tiny / "model.safetensors").unlink()
     for encoder in (_image_encoder(copy_of_tiny), _text_encoder(copy_of_tiny)):
-        assert encoder.feature_dim == 32 and not encoder.is_loaded and encoder.identity.fingerprint.startswith("qwen2_5_vl-")
+        assert encoder.feature_dim == 32 and not encoder.is_loaded
         with pytest.raises(EncoderError, match="load the weights"):
             encoder.encode([Image.new("RGB", (56, 56))])
+        with pytest.raises(EncoderError, match="find the weights"):
+            _ = encoder.identity
         assert not encoder.is_loaded
 
 
@@ -324,8 +330,9 @@ def test_identity_ignores_what_does_not_decide_a_feature(tiny_qwen: Path) -> Non
 
 def test_hub_models_are_identified_by_name_and_commit() -> None:
     settings = _settings("some/model", revision="main")
-    assert loading.model_facts(settings, SimpleNamespace(_commit_hash="c0ffee")) == {"model": "some/model", "revision": "c0ffee"}
-    assert loading.model_facts(settings, SimpleNamespace(_commit_hash=None)) == {"model": "some/model", "revision": "main"}
+    for commit, revision in (("c0ffee", "c0ffee"), (None, "main")):
+        weights = weights_of(settings, SimpleNamespace(_commit_hash=commit), lambda: None)
+        assert weights == Weights({"model": "some/model", "revision": revision})
 
 
 def test_any_byte_of_a_weight_file_changes_the_identity(tmp_path: Path) -> None:
@@ -335,19 +342,20 @@ def test_any_byte_of_a_weight_file_changes_the_identity(tmp_path: Path) -> None:
         if position is not None:
             content[position] = 1
         (tmp_path / "model.safetensors").write_bytes(content)
-        digests.add(folder_digest(tmp_path, str(tmp_path / "cache")))
+        digests.add(folder_digest(tmp_path, ["model.safetensors"], str(tmp_path / "cache")))
     assert len(digests) == 6
 
 
 def test_a_weight_file_is_read_once_and_its_digest_is_kept_for_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    first = folder_digest(tmp_path, str(tmp_path / "cache"))
+    time.sleep(0.1)  # a file that was just written is read again
+    first = folder_digest(tmp_path, ["model.safetensors"], str(tmp_path / "cache"))
     monkeypatch.setattr(_digest, "_known", {})  # as a new process would have it
     monkeypatch.setattr(_digest, "_file_digest", None)
-    assert folder_digest(tmp_path, str(tmp_path / "cache")) == first
+    assert folder_digest(tmp_path, ["model.safetensors"], str(tmp_path / "cache")) == first
     monkeypatch.undo()
     (tmp_path / "cache" / _digest.MEMORY).write_text("not json")
-    assert folder_digest(tmp_path, str(tmp_path / "cache")) == first
+    assert folder_digest(tmp_path, ["model.safetensors"], str(tmp_path / "cache")) == first
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from vlmfilm_plugin.errors import ImageReadError
-from vlmfilm_plugin.features.images import from_array, from_tensor, read_image
+from vlmfilm_plugin.features.images import from_array, from_tensor, read_image, sample_range
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -264,3 +265,42 @@ def test_path_pil_and_other_objects(tmp_path: Path) -> None:
 def test_importing_it_imports_no_torch() -> None:
     code = "import sys, vlmfilm_plugin.features.images; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["stack.tif", "stack.gif", "stack.png", "stack.webp", "stack.mpo", "stack.jpg"])
+def test_a_file_of_several_images_is_refused_and_one_of_one_is_read(tmp_path: Path, name: str) -> None:
+    slices = [Image.fromarray(np.full((32, 32, 3), value, dtype=np.uint8)) for value in (10, 120, 240)]
+    kind = {"stack.jpg": "MPO"}.get(name)  # a camera's file of several images is called .jpg, too
+    path = _saved(slices[0], tmp_path / name, save_all=True, append_images=slices[1:], **({"format": kind} if kind else {}))
+    with pytest.raises(ImageReadError, match="several images") as caught:
+        read_image(path)
+    assert "3 images" in str(caught.value.facts["found"]) and caught.value.fix
+    if name != "stack.mpo":
+        read_image(_saved(slices[0], tmp_path / f"one{path.suffix}"))
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_a_file_that_holds_postscript_starts_no_program(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("gs", "gswin32c"):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "image.png").write_bytes(EPS)
+    code = (
+        "import sys\nfrom vlmfilm_plugin.features.images import read_image\nfrom vlmfilm_plugin.errors import ImageReadError\n"
+        "try: read_image(sys.argv[1])\nexcept ImageReadError as error: sys.exit(7)"
+    )
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "image.png")], env=environment, check=False).returncode == 7
+    assert not (tmp_path / "started").exists()
+
+
+def test_the_range_of_samples_is_that_of_the_file(tmp_path: Path) -> None:
+    deep = np.linspace(0, 4095, 256).astype(np.uint16).reshape(16, 16)
+    for name in ("a.png", "a.tif"):
+        assert sample_range(_saved(Image.fromarray(deep), tmp_path / name)) == (0, 4095, 65535)
+    assert sample_range(_saved(Image.fromarray(RAMP // 2 + 9), tmp_path / "b.png")) == (9, 136, 255)
+    assert sample_range(_saved(Image.fromarray(RAMP.astype(np.float32) / 510), tmp_path / "c.tif")) == (0, 0.5, 1)
+    assert sample_range(_saved(Image.new("1", (4, 4)), tmp_path / "d.png")) is None

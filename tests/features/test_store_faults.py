@@ -174,7 +174,7 @@ def fill_the_disk_in_warm_up(reports: Any, images: str, folder: str) -> None:
 def test_a_full_disk_stops_a_warm_up(tmp_path: Path) -> None:
     (tmp_path / "imgs").mkdir()
     for number in range(200):
-        Image.new("L", (8, 8), number).save(tmp_path / "imgs" / f"{number}.png")
+        Image.new("L", (8, 8), 37 * number % 256).save(tmp_path / "imgs" / f"{number}.png")
     with child(fill_the_disk_in_warm_up, str(tmp_path / "imgs"), str(tmp_path / "cache")) as (_, reports):
         assert reports.poll(30) and "cannot" in reports.recv()
 
@@ -278,7 +278,7 @@ def test_a_truncated_file_never_gives_a_wrong_feature(sound: Path, tmp_path: Pat
 def test_a_damaged_feature_is_encoded_again_by_the_next_warm_up(tmp_path: Path) -> None:
     (tmp_path / "imgs").mkdir()
     for number in range(5):
-        Image.new("L", (8, 8), number).save(tmp_path / "imgs" / f"{number}.png")
+        Image.new("L", (8, 8), 37 * number % 256).save(tmp_path / "imgs" / f"{number}.png")
     settings = {"encoder": "descriptor", "cache_dir": str(tmp_path)}
     warm_up(tmp_path / "imgs", (), settings, show_progress=False)
     with sqlite3.connect(tmp_path / "features.sqlite") as connection:

@@ -11,12 +11,15 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from vlmfilm_plugin.encoders import _loading as loading
 from vlmfilm_plugin.encoders import _preprocessing as preprocessing
+from vlmfilm_plugin.encoders._folder_digest import FileStamp
+from vlmfilm_plugin.encoders._identity import stamps_of, weights_of
 from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.errors import EncoderError, FeatureError
 
@@ -52,6 +55,7 @@ class LazyEncoder:
     def __init__(self, settings: Settings, config: Any) -> None:
         self.settings, self.config = settings, config
         self._module: torch.nn.Module | None = None
+        self._stamps: Mapping[Path, FileStamp] | None = None
         self._lock = threading.RLock()
 
     @cached_property
@@ -61,14 +65,37 @@ class LazyEncoder:
 
     @cached_property
     def identity(self) -> EncoderIdentity:
-        """Return what decides a feature; the compute dtype and the device are no part of it."""
-        return EncoderIdentity(
-            {
-                **self._facts(),
-                **loading.model_facts(self.settings, self.config),
-                "preprocessing": preprocessing.processor_facts(self.image_processor),
+        """Return what decides a feature; the compute dtype and the device are no part of it.
+
+        Raises:
+            EncoderError: there are no weights, they are quantised, or they changed since they were loaded.
+        """
+        weights = weights_of(self.settings, self.config, self._part)
+        self._check_unchanged(weights.stamps)
+        facts, more, processor = self._facts(), self._facts_of_files(), self.image_processor
+        now = {**facts, **weights.facts, "preprocessing": preprocessing.processor_facts(processor, self.config.model_type), **more}
+        # The first version knew fewer values of image processors, and no facts of other files.
+        before = None if weights.former is None and weights.stamps else weights.former or weights.facts
+        former = () if before is None else ({**facts, **before, "preprocessing": preprocessing.processor_facts_of_first_version(processor)},)
+        return EncoderIdentity(now, former)
+
+    def _check_unchanged(self, stamps: Mapping[Path, FileStamp]) -> None:
+        """Check that the files are those that were identified, or loaded, before: a feature must not be stored under another model's name."""
+        if self._stamps is None:
+            self._stamps = stamps
+        changed = sorted(str(path) for path in {*stamps, *self._stamps} if stamps.get(path) != self._stamps.get(path))
+        if changed:
+            facts = {
+                "model": loading.name_of(self.settings),
+                "changed": ", ".join(changed[:3]),
+                "expected": "the files it was built from",
             }
-        )
+            raise EncoderError("cannot use this encoder: the files of its model changed while it was in use", facts, "start the run again")
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """Return the dtype that features are computed in; None where no weights are in memory."""
+        return None if self._module is None else loading.dtype_of(self._module)
 
     @property
     def is_loaded(self) -> bool:
@@ -87,7 +114,9 @@ class LazyEncoder:
         """Hand out the loaded module, alone, without gradients, and outside the host's autocast and inference mode."""
         with self._lock:
             if self._module is None:
-                self._module = self._load()
+                module = self._load()
+                self._check_unchanged(stamps_of(self.settings, self.config))
+                self._module = module
             device = loading.device_of(self._module).type
             # Tensors made under inference mode could not take part in autograd later; autocast would make features depend on the caller.
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
@@ -113,6 +142,14 @@ class LazyEncoder:
     def _patches(self, pixels: Tensor) -> int:
         """Return the patches of one image: pixels (patches, values) as the Qwen family has them."""
         return len(pixels)
+
+    def _part(self) -> loading.Part | None:
+        """Return the part of the model that is loaded as it is, or None for the whole model."""
+        return None
+
+    def _facts_of_files(self) -> dict[str, object]:
+        """Return facts of files besides weights, configuration and image processor; the first version had none."""
+        return {}
 
     @abstractmethod
     def _load(self) -> torch.nn.Module:

@@ -10,10 +10,12 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmfilm_plugin.encoders._folder_digest import folder_digest
+from vlmfilm_plugin.encoders._layouts import refuse_fetched_kernels, refuse_other_layouts
+from vlmfilm_plugin.encoders._quantised import dtype_code, marks, quantised, refuse_quantised
 from vlmfilm_plugin.encoders._weights import WeightFiles, incomplete
 from vlmfilm_plugin.errors import EncoderError
 
@@ -36,8 +38,10 @@ def read_config(settings: Settings, model_type: str | None = None) -> Any:
     """
     from transformers import AutoConfig
 
+    refuse_other_layouts(folder_of(settings), name_of(settings))
     with explained("read the configuration of", settings):
-        config = AutoConfig.from_pretrained(**source(settings))
+        config = AutoConfig.from_pretrained(**source(settings), trust_remote_code=False)
+    refuse_fetched_kernels(config, name_of(settings))
     found = type(config).model_type  # of the class: in some releases the instance answers for its text part
     if model_type not in (None, found):
         facts = {"model": name_of(settings), "found": f"model type {found!r}", "expected": f"model type {model_type!r}"}
@@ -53,48 +57,68 @@ def read_tokenizer(settings: Settings) -> Any:
     from transformers import AutoTokenizer
 
     with explained("read the tokenizer of", settings):
-        return AutoTokenizer.from_pretrained(**source(settings))
+        return AutoTokenizer.from_pretrained(**source(settings), trust_remote_code=False)
 
 
-def load_part(settings: Settings, config: Any, part_class: Any, part_config: Any) -> torch.nn.Module:
-    """Load a part of the model, such as its vision tower; only the files that hold it are opened, or downloaded from the hub.
+@dataclass(frozen=True)
+class Part:
+    """A part of a model, such as its vision tower: its class, and its own configuration."""
+
+    kind: Any
+    config: Any
+
+    def dtypes(self) -> dict[str, str]:
+        """Return the dtype of every weight of the part, by the part's own names; nothing is allocated."""
+        import torch
+
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return {name: dtype_code(weight.dtype) for name, weight in self.kind(self.config).state_dict().items()}
+
+
+def load_part(settings: Settings, config: Any, part: Part) -> torch.nn.Module:
+    """Load a part of the model; only the files that hold it are opened, or downloaded from the hub.
 
     Args:
         settings: model, dtype and device.
         config: of the whole model, read already; names the commit on the hub.
-        part_class: the part's class; its weights stand in the checkpoint under some prefix.
-        part_config: the part's configuration.
+        part: its weights stand in the checkpoint under some prefix.
 
     Raises:
-        EncoderError: the weights are not found, or a weight of the part is missing.
+        EncoderError: the weights are not found, are quantised, or a weight of the part is missing.
     """
     import torch
 
     with explained("load the weights of", settings), torch.inference_mode(False):
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            names = list(part_class(part_config).state_dict())
-        state = _weight_files(settings, config).read(names, name_of(settings))
-    return _load(part_class, settings, pretrained_model_name_or_path=None, config=part_config, state_dict=state)
+        wanted, files = part.dtypes(), weight_files(settings, config)
+        state = files.read(list(wanted), name_of(settings))
+        prefix = files.prefix_of(list(wanted), name_of(settings))
+        found = {key: "unread" for key in files.file_of} | {prefix + name: dtype_code(weight.dtype) for name, weight in state.items()}
+        refuse_quantised(name_of(settings), config, found, wanted, prefix)
+    return _load(part.kind, settings, pretrained_model_name_or_path=None, config=part.config, state_dict=state)
 
 
 def load_model(settings: Settings, config: Any, model_class: Any, **options: Any) -> torch.nn.Module:
-    """Load the whole model.
+    """Load the whole model; weights whose configuration names a format of quantised ones by the library that owns the format.
 
     Raises:
-        EncoderError: the weights are not found or not complete.
+        EncoderError: the weights are not found, not complete, or quantised in a format that nothing names.
     """
     with explained("load the weights of", settings):
-        absent = _weight_files(settings, config).absent() if _folder(settings) is not None else []
+        files = weight_files(settings, config)
+        absent = files.absent() if folder_of(settings) is not None else []
         if absent:
             facts = {"model": name_of(settings), "missing files": ", ".join(absent), "expected": f"every weight of {model_class.__name__}"}
             raise EncoderError("cannot load the weights of the whole model: files are missing", facts, "download the model again, all of it")
-    return _load(model_class, settings, **source(settings, config), **options)
+        refuse_unnamed_formats(settings, config, files)
+    # The set that was looked at, whatever else lies beside it, and of torch's own format by its safe loader alone.
+    chosen = {"use_safetensors": files.are_safetensors, "weights_only": True, "trust_remote_code": False}
+    return _load(model_class, settings, **source(settings, config), **chosen, **options)
 
 
 def weight_names(settings: Settings, config: Any) -> list[str]:
     """Return the names of the weights in the checkpoint; none of them is read."""
     with explained("load the weights of", settings):
-        return sorted(_weight_files(settings, config).file_of)
+        return sorted(weight_files(settings, config).file_of)
 
 
 def device_of(module: torch.nn.Module) -> torch.device:
@@ -104,12 +128,20 @@ def device_of(module: torch.nn.Module) -> torch.device:
     return next((weight.device for weight in module.parameters() if weight.device.type != "meta"), torch.device(_default_device()))
 
 
-def model_facts(settings: Settings, config: Any) -> dict[str, object]:
-    """Return what identifies the weights: the content of a local folder, wherever it lies, or a hub name and its commit."""
-    folder = _folder(settings)
-    if folder is not None:
-        return {"model": f"folder:{folder_digest(folder, settings.cache_dir)}", "revision": None}
-    return {"model": settings.model_name, "revision": getattr(config, "_commit_hash", None) or settings.revision}
+def dtype_of(module: torch.nn.Module) -> torch.dtype:
+    """Return the dtype that a module computes in: that of its first weight which is a float of 16 bits or more."""
+    import torch
+
+    return next((weight.dtype for weight in module.parameters() if weight.dtype.is_floating_point and weight.itemsize > 1), torch.float32)
+
+
+def refuse_unnamed_formats(settings: Settings, config: Any, files: WeightFiles) -> None:
+    """Refuse quantised weights that no library would dequantise, since the configuration names no format."""
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    found = files.dtypes()
+    if marked := marks(found):
+        raise quantised(name_of(settings), config, {key: found[key] for key in marked})
 
 
 def _load(model_class: Any, settings: Settings, **options: Any) -> torch.nn.Module:
@@ -131,7 +163,8 @@ def _load(model_class: Any, settings: Settings, **options: Any) -> torch.nn.Modu
         if not spread:
             wanted = None if settings.device_map in _SPREADING else settings.device_map
             model = model.to(torch.device(wanted or _default_device()))
-        if device_of(model).type == "cpu" and next(model.parameters()).dtype == torch.float16:
+        is_quantised = getattr(model, "is_quantized", False)
+        if device_of(model).type == "cpu" and dtype_of(model) == torch.float16 and not is_quantised:
             # Half precision lacks kernels on many CPUs and is slower than float32 on the rest; bfloat16 is kept.
             model = model.float()
     loaded: torch.nn.Module = model.eval().requires_grad_(False)
@@ -140,7 +173,7 @@ def _load(model_class: Any, settings: Settings, **options: Any) -> torch.nn.Modu
 
 def _cached_commit(settings: Settings) -> str | None:
     """Return the commit of a hub model whose configuration has just been read, as the cache's folder names it."""
-    if _folder(settings) is not None:
+    if folder_of(settings) is not None:
         return None
     from huggingface_hub import try_to_load_from_cache
 
@@ -148,18 +181,21 @@ def _cached_commit(settings: Settings) -> str | None:
     return Path(path).parent.name if isinstance(path, str) else None
 
 
-def _weight_files(settings: Settings, config: Any) -> WeightFiles:
-    return WeightFiles.of(str(_folder(settings) or settings.model_name), getattr(config, "_commit_hash", None) or settings.revision)
+def weight_files(settings: Settings, config: Any) -> WeightFiles:
+    """Return the weight files of the model, at the commit of `config` where it is known."""
+    revision, named = getattr(config, "_commit_hash", None) or settings.revision, getattr(config, "transformers_weights", None)
+    return WeightFiles.of(str(folder_of(settings) or settings.model_name), revision, named)
 
 
 def source(settings: Settings, config: Any = None) -> dict[str, Any]:
     """Return where `from_pretrained` finds the model, at the commit of `config` where it is known."""
-    folder = _folder(settings)
+    folder = folder_of(settings)
     revision = getattr(config, "_commit_hash", None) or settings.revision
     return {"pretrained_model_name_or_path": str(folder or settings.model_name), **({"revision": revision} if revision and folder is None else {})}
 
 
-def _folder(settings: Settings) -> Path | None:
+def folder_of(settings: Settings) -> Path | None:
+    """Return the folder of a local model, or None for one of the hub."""
     path = Path(settings.model_name).expanduser()
     return path if path.is_dir() else None
 
@@ -178,14 +214,18 @@ def explained(action: str, settings: Settings) -> Iterator[None]:
         raise
     except Exception as error:  # transformers, safetensors, the hub and the device each raise their own; the cause stays attached
         said = " ".join(str(error).split()) or type(error).__name__
-        looks_local = _folder(settings) is None and settings.model_name.startswith((".", "/", "~", os.sep))
+        if "trust_remote_code" in said:
+            facts = {"model": name_of(settings), "found": "a model that brings code of its own (auto_map)", "expected": "one that transformers knows"}
+            fix = "use another model; code from a model's folder is never run"
+            raise EncoderError(f"cannot {action} the model: it would have to run its own code", facts, fix) from error
+        looks_local = folder_of(settings) is None and settings.model_name.startswith((".", "/", "~", os.sep))
         facts = {
             "model": name_of(settings),
             "found": "no folder of this name" if looks_local else said[:300],
             "expected": "the folder of a model, or a hub name that is in the local cache or can be downloaded",
         }
         # A folder that is there but broken is no name to download either.
-        known = looks_local or _folder(settings) is not None
+        known = looks_local or folder_of(settings) is not None
         fix = _FIX.format(name=_EXAMPLE if known else settings.model_name)
         raise EncoderError(f"cannot {action} the model", facts, fix) from error
 

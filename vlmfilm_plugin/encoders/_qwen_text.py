@@ -12,6 +12,7 @@ import torch
 
 from vlmfilm_plugin.encoders import _loading as loading
 from vlmfilm_plugin.encoders._frozen import LazyEncoder, Pack, features_of, in_groups
+from vlmfilm_plugin.encoders._identity import facts_of_files
 from vlmfilm_plugin.encoders._pooling import token_counts
 from vlmfilm_plugin.errors import EncoderError
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 _BEFORE_IMAGE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
 _AFTER_IMAGE = "<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n"
 _TEXTS_PER_BATCH = 32
+# What decides the ids of a prompt, and, in text mode, where a text ends.
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_GENERATION_FILES = ("generation_config.json",)
 
 
 class QwenModel(LazyEncoder):
@@ -33,6 +37,9 @@ class QwenModel(LazyEncoder):
     def tokenizer(self) -> Any:
         """Return the tokenizer, read once."""
         return loading.read_tokenizer(self.settings)
+
+    def _facts_of_files(self) -> dict[str, object]:
+        return facts_of_files(self.settings, "tokenizer", TOKENIZER_FILES)
 
     def _prompt_ids(self, prompt: str) -> tuple[list[int], list[int]]:
         before, after = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (_BEFORE_IMAGE, _AFTER_IMAGE.format(prompt=prompt)))
@@ -160,6 +167,9 @@ class QwenTextEncoder(QwenModel):
         if self.settings.pool == "last":
             return [states[row, len(tokens) - 1].cpu() for row, tokens in enumerate(rows)]
         return [states[row, : len(tokens)].mean(0).cpu() for row, tokens in enumerate(rows)]
+
+    def _facts_of_files(self) -> dict[str, object]:
+        return facts_of_files(self.settings, "tokenizer", TOKENIZER_FILES + _GENERATION_FILES)
 
     def _facts(self) -> dict[str, object]:
         prompts = self.settings.prompts

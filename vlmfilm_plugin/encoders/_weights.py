@@ -9,9 +9,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from vlmfilm_plugin.encoders._quantised import dtype_code, marks, quantised
 from vlmfilm_plugin.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -34,29 +35,74 @@ class WeightFiles:
     locate: Callable[[str], Path]
 
     @classmethod
-    def of(cls, model: str, revision: str | None = None) -> WeightFiles:
+    def of(cls, model: str, revision: str | None = None, named: str | None = None) -> WeightFiles:
         """Find the weight files of a local folder or a hub model; of the hub, one index or one file is downloaded.
+
+        Args:
+            named: the index or file that the model's configuration names, where it does.
 
         Raises:
             FileNotFoundError: there are none.
+            EncoderError: two sets of weights lie side by side, or an index is no index or names a file outside the folder.
         """
         folder = Path(model)
         locate = _in_folder(folder) if folder.is_dir() else _from_hub(model, revision)
-        for name in _NAMES:
+        for name in (named,) if named else _NAMES:
             try:
                 path = locate(name)
             except FileNotFoundError as error:
                 missing = error
                 continue
             if name.endswith(".json"):
-                return cls(json.loads(path.read_text(encoding="utf-8"))["weight_map"], locate)
-            with _opened(path) as (keys, _):
-                return cls(dict.fromkeys(keys, name), locate)
-        raise FileNotFoundError(f"none of {', '.join(_NAMES)}") from missing
+                files = cls(_read_index(path), locate)
+                single = folder / name.removesuffix(".index.json")
+                if not named and single.is_file() and {single.name} != set(files.file_of.values()):
+                    facts = {"folder": folder, "found": f"{name} and {single.name}", "expected": "one of them"}
+                    raise EncoderError("cannot tell which weights of this model are meant: there are two sets", facts, "move one of them away")
+                return files
+            with _opened(path) as opened:
+                return cls(dict.fromkeys(opened.keys, name), locate)
+        raise FileNotFoundError(f"none of {named or ', '.join(_NAMES)}") from missing
+
+    @property
+    def are_safetensors(self) -> bool:
+        """Tell whether the weights are safetensors files, as opposed to torch's."""
+        return all(name.endswith(".safetensors") for name in self.file_of.values())
+
+    def present(self) -> list[str]:
+        """Return the files that the checkpoint names and that can be located; asked of local folders."""
+        return sorted(name for name in set(self.file_of.values()) if _is_there(self.locate, name))
+
+    def dtypes(self) -> dict[str, str]:
+        """Return the dtype of each weight in the files that can be located (`F32`, `I8`); of safetensors from their headers alone."""
+        found = {}
+        for name in self.present():
+            with _opened(self.locate(name)) as file:
+                found.update({key: file.dtype(key) for key in file.keys})
+        return found
 
     def absent(self) -> list[str]:
         """Return the files that the checkpoint names and that cannot be located; asked of local folders."""
         return sorted(name for name in set(self.file_of.values()) if not _is_there(self.locate, name))
+
+    def prefix_of(self, names: Sequence[str], model: str) -> str:
+        """Return the prefix that the weights of a part have in the checkpoint.
+
+        Args:
+            names: every weight of the part, by the part's own names.
+            model: how errors call the model.
+
+        Raises:
+            EncoderError: a weight is missing.
+        """
+        prefix = find_prefix(self.file_of, names)
+        missing = [name for name in names if prefix + name not in self.file_of]
+        packed = [key for key in marks(dict.fromkeys(self.file_of, "")) if key.startswith(prefix)]
+        if missing and packed:
+            raise quantised(model, None, dict.fromkeys(packed, "in place of weights"))
+        if missing:
+            raise incomplete(model, "missing", missing, f"{len(names)} weights under one prefix, best {prefix!r}")
+        return prefix
 
     def read(self, names: Sequence[str], model: str) -> dict[str, Tensor]:
         """Read the weights of one part of the model.
@@ -68,17 +114,14 @@ class WeightFiles:
         Raises:
             EncoderError: a weight, or a file that holds one, is missing.
         """
-        prefix = find_prefix(self.file_of, names)
-        missing = [name for name in names if prefix + name not in self.file_of]
-        if missing:
-            raise incomplete(model, "missing", missing, f"{len(names)} weights under one prefix, best {prefix!r}")
+        prefix = self.prefix_of(names, model)
         wanted: dict[str, list[str]] = {}
         for name in names:
             wanted.setdefault(self.file_of[prefix + name], []).append(name)
         weights: dict[str, Tensor] = {}
         for file, held in sorted(wanted.items()):
-            with _opened(self.locate(file)) as (_, get):
-                weights.update({name: get(prefix + name) for name in held})
+            with _opened(self.locate(file)) as opened:
+                weights.update({name: opened.get(prefix + name) for name in held})
         return weights
 
 
@@ -130,16 +173,41 @@ def _is_there(locate: Callable[[str], Path], name: str) -> bool:
     return True
 
 
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        content = error
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        facts = {"file": path, "found": type(content).__name__, "expected": "a weight_map: the file of every weight"}
+        raise EncoderError("cannot read the index of these weights", facts, "download the model again")
+    # What lies elsewhere is no part of the model: the index must not decide which file of the machine is read.
+    outside = sorted({name for name in names.values() if PurePath(name).is_absolute() or ".." in PurePath(name).parts})
+    if outside:
+        raise EncoderError("cannot use the index of these weights", {"file": path, "found": outside[0], "expected": "files beside it"}, "correct it")
+    return names
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A weight file: its keys, a function that reads one weight, and one that tells its dtype."""
+
+    keys: list[str]
+    get: Callable[[str], Tensor]
+    dtype: Callable[[str], str]
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
-    """Open a weight file: its keys, and a function that reads one weight."""
+def _opened(path: Path) -> Iterator[_Opened]:
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
         with safe_open(path, framework="pt", device="cpu") as file:
-            yield list(file.keys()), file.get_tensor
+            yield _Opened(list(file.keys()), file.get_tensor, lambda key: str(file.get_slice(key).get_dtype()))
     else:
         import torch
 
+        # Torch's safe loader alone: a pickle in a model's folder must not run.
         held: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        yield list(held), held.__getitem__
+        yield _Opened(list(held), held.__getitem__, lambda key: dtype_code(held[key].dtype))

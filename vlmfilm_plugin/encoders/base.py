@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -25,15 +25,34 @@ class EncoderIdentity:
     """Everything that decides the value of a feature: encoder, model, revision, pooling, prompt, preprocessing.
 
     Two encoders with equal facts give the same feature for the same image; the store keeps one namespace for each identity.
+
+    Args:
+        facts: by name; plain values.
+        former: facts by which earlier versions identified this very encoder, newest first.
     """
 
     facts: Mapping[str, object]
+    former: Sequence[Mapping[str, object]] = field(default=(), compare=False)
 
     @cached_property
     def fingerprint(self) -> str:
         """Return 16 hex digits of the facts, after the encoder's name: `qwen2_5_vl-0f3a...`."""
-        text = json.dumps(dict(self.facts), sort_keys=True, default=str)
-        return f"{self.facts.get('encoder', 'encoder')}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+        return _fingerprint(self.facts)
+
+    @cached_property
+    def formerly(self) -> tuple[str, ...]:
+        """Return the fingerprints that this encoder had in earlier versions: features and checkpoints under them are its own."""
+        return tuple(name for name in dict.fromkeys(map(_fingerprint, self.former)) if name != self.fingerprint)
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """Return today's fingerprint, then the former ones."""
+        return (self.fingerprint, *self.formerly)
+
+
+def _fingerprint(facts: Mapping[str, object]) -> str:
+    text = json.dumps(dict(facts), sort_keys=True, default=str)
+    return f"{facts.get('encoder', 'encoder')}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
 
 @runtime_checkable

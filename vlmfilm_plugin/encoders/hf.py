@@ -30,6 +30,8 @@ _TOWERS = {
     "qwen2_5_vl": "Qwen2_5_VisionTransformerPretrainedModel",
     "qwen3_vl": "Qwen3VLVisionModel",
 }
+# Known ones are refused by name, before a feature that an earlier version stored could be served; any other is found by its features.
+_DRAWS_AT_RANDOM = frozenset({"vit_mae"})
 _WIDTHS = ("out_hidden_size", "hidden_size", "hidden_sizes", "embed_dim")
 
 
@@ -40,6 +42,10 @@ def from_settings(settings: Settings) -> HfEncoder:
         EncoderError: the model is not found, or has no image encoder that this can use.
     """
     config = loading.read_config(settings)
+    kind = type(config).model_type
+    if kind in _DRAWS_AT_RANDOM:
+        facts = {"model": loading.name_of(settings), "found": f"model type {kind!r}, which hides patches at random in every forward"}
+        raise EncoderError("cannot use this model with encoder hf", {**facts, "expected": "one feature an image"}, "use a DINOv2 or ViT model")
     return HfEncoder(settings, config, *tower_of(config, loading.name_of(settings)))
 
 
@@ -97,9 +103,9 @@ class HfEncoder(OnePassEncoder):
         return in_groups(pack, _form, lambda part: self._features_alike(tower, part))
 
     def _features_alike(self, tower: Any, pack: Pack) -> list[Tensor]:
-        device, weight = loading.device_of(tower), next(tower.parameters())
+        device, dtype = loading.device_of(tower), loading.dtype_of(tower)
         inputs = {name: torch.cat([item.tensors[name] for item in pack]).to(device) for name in pack[0].tensors}
-        pixels = inputs["pixel_values"].to(weight.dtype)
+        pixels = inputs["pixel_values"].to(dtype)
         if "image_grid_thw" in inputs:
             return token_means(tower(pixels, grid_thw=inputs["image_grid_thw"]), inputs["image_grid_thw"], self.tower_config)
         if len(pixels) != len(pack):
@@ -115,9 +121,13 @@ class HfEncoder(OnePassEncoder):
         patch = getattr(self.tower_config, "patch_size", None)
         return max(1, pixels.shape[-2] * pixels.shape[-1] // (patch if isinstance(patch, int) else 16) ** 2)
 
+    def _part(self) -> loading.Part | None:
+        is_part = type(self.tower_config) is not type(self.config)
+        return loading.Part(self.tower_class, self.tower_config) if is_part else None
+
     def _load(self) -> torch.nn.Module:
-        if type(self.tower_config) is not type(self.config):
-            return loading.load_part(self.settings, self.config, self.tower_class, self.tower_config)
+        if (part := self._part()) is not None:
+            return loading.load_part(self.settings, self.config, part)
         options = {}
         if "add_pooling_layer" in inspect.signature(self.tower_class.__init__).parameters:
             # Checkpoints for classification have no pooling layer; a random one must not be used.

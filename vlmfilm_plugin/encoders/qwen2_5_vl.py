@@ -62,15 +62,18 @@ class QwenImageEncoder(OnePassEncoder):
         return int(self.config.vision_config.out_hidden_size)
 
     def _features(self, tower: Any, pack: Pack) -> list[Tensor]:
-        device, weight = loading.device_of(tower), next(tower.parameters())
+        device, dtype = loading.device_of(tower), loading.dtype_of(tower)
         grids, patches = (torch.cat([item.tensors[name] for item in pack]).to(device) for name in ("image_grid_thw", "pixel_values"))
-        return token_means(tower(patches.to(weight.dtype), grid_thw=grids), grids, self.config.vision_config)
+        return token_means(tower(patches.to(dtype), grid_thw=grids), grids, self.config.vision_config)
 
-    def _load(self) -> torch.nn.Module:
+    def _part(self) -> loading.Part:
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+        return loading.Part(Qwen2_5_VisionTransformerPretrainedModel, self.config.vision_config)
+
+    def _load(self) -> torch.nn.Module:
         # The language model, four fifths of the weights, is never materialised.
-        return loading.load_part(self.settings, self.config, Qwen2_5_VisionTransformerPretrainedModel, self.config.vision_config)
+        return loading.load_part(self.settings, self.config, self._part())
 
     def _facts(self) -> dict[str, object]:
         return {"encoder": "qwen2_5_vl", "mode": "image", "pooling": "mean"}

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+# What hosts read. A name says nothing of the content: of all formats PIL would start Ghostscript for a file that holds PostScript.
+FORMATS = ("PNG", "TIFF", "JPEG", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 _FIX_FILE = "replace the file by a PNG, TIFF, JPEG or BMP image that PIL can open"
 _SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 # 8-bit modes whose samples PIL converts to RGB without a choice of range.
@@ -37,16 +41,47 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         path: a file that PIL can open.
 
     Raises:
-        ImageReadError: the file is missing, damaged, not an image, too large, or of a mode that has no stated range.
+        ImageReadError: the file is missing, damaged, not an image of a known format, too large, holds several images, or is of a mode that
+            has no stated range.
     """
-    source = Path(path)
+    with _loaded(Path(path)) as image:
+        return _to_rgb(image, str(path))
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Open an image file of a known format without decoding it; raises what PIL raises."""
+    return Image.open(path, formats=FORMATS)
+
+
+def sample_range(path: str | os.PathLike[str]) -> tuple[float, float, float] | None:
+    """Return the lowest and the highest sample of an image file, and the highest that its container holds; None for one of two levels.
+
+    Raises:
+        ImageReadError: as `read_image`.
+    """
+    with _loaded(Path(path)) as image:
+        if image.mode == "1":
+            return None
+        if image.mode in _SIXTEEN_BIT or image.mode == "I":
+            values, limit = np.asarray(image), 65535.0
+        elif image.mode == "F":
+            values, limit = np.asarray(image), 1.0
+        else:
+            values, limit = np.asarray(_to_rgb(image, str(path))), 255.0
+        return float(values.min()), float(values.max()), limit
+
+
+@contextmanager
+def _loaded(source: Path) -> Iterator[Image.Image]:
+    """Open and decode a file of one image, and turn whatever PIL raises into an `ImageReadError`."""
     try:
         with warnings.catch_warnings():
             # Above its first limit PIL only warns about a decompression bomb; a warning is easily lost in a training log.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as opened:
+            with open_image(source) as opened:
                 opened.load()
-                return _to_rgb(opened, str(source))
+                _refuse_several(opened, source)
+                yield opened
     except ImageReadError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -55,10 +90,18 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     except FileNotFoundError as error:
         raise _unreadable(source, error, "an image file", "correct the path, or restore the file") from error
     except UnidentifiedImageError as error:
-        raise _unreadable(source, error, "an image file", _FIX_FILE) from error
+        raise _unreadable(source, error, f"an image file: {', '.join(FORMATS)}", _FIX_FILE) from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError) as error:
         # PIL's decoders raise all of these for damaged files (SyntaxError for a broken PNG chunk).
         raise _unreadable(source, error, "a complete image file", _FIX_FILE) from error
+
+
+def _refuse_several(image: Image.Image, source: Path) -> None:
+    """Refuse a file of several images: a feature is stored by the file, and every slice of it would get that of the first."""
+    count = getattr(image, "n_frames", 1)
+    if count > 1:
+        facts = {"file": source, "found": f"{count} images in one {image.format} file", "expected": "one image"}
+        raise ImageReadError(f"cannot read image {source}: it holds several images", facts, "write each of them to a file of its own")
 
 
 def from_array(image: Image.Image | NDArray[Any] | str | os.PathLike[str]) -> Image.Image:

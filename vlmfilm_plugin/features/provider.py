@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vlmfilm_plugin.encoders.base import Encoder, encode_annotated
+from vlmfilm_plugin.encoders.determinism import prove_deterministic
 from vlmfilm_plugin.encoders.registry import build_encoder
 from vlmfilm_plugin.errors import FeatureError, MissingFeatureError, StoreError
 from vlmfilm_plugin.features.batch_names import RowNames
@@ -26,6 +27,7 @@ from vlmfilm_plugin.features.cache_key import content_keys, sample_keys
 from vlmfilm_plugin.features.images import from_array, from_tensor, read_image
 from vlmfilm_plugin.features.store.protocol import SourceStamp, Store, StoredFeature, place_of
 from vlmfilm_plugin.features.store.registry import open_store
+from vlmfilm_plugin.features.value_range import LOOKED_AT, refuse_narrow_range, siblings
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.settings.record import Settings
 
@@ -104,6 +106,8 @@ class FeatureProvider:
         self._epoch: int | None = None
         self._missed_before_epoch = 0
         self._settings: Settings | None = None
+        self._is_proven = False
+        self._is_range_known = False
         self._memory: OrderedDict[ImageId, StoredFeature] = OrderedDict()
         self._lock = threading.RLock()
         self._is_writable = True
@@ -148,6 +152,26 @@ class FeatureProvider:
             for row, path in enumerate(found.paths)
         ]
         return [Sample(key, path, load) for key, path, load in zip(named.keys, found.paths, loads, strict=True)]
+
+    def check_range(self, paths: Iterable[Path | None], files: Mapping[str, Path | None] | None = None) -> None:
+        """Check once, before training, that the images of the data set use the range of their files.
+
+        Args:
+            paths: the files of the batch at hand.
+            files: the files that the host's data sets know; where there are none, those beside the batch's.
+
+        Raises:
+            NarrowRangeError: they do not, and `accept_narrow_range` is false.
+        """
+        if self._is_range_known:
+            return
+        if self._settings is None or not self._settings.accept_narrow_range:
+            own = [path for path in paths if path is not None]
+            known = {path for path in (files or {}).values() if path is not None} | set(own)
+            if not known:
+                return  # images without files: their range is stated by the host adapter
+            refuse_narrow_range(known if len(known) >= LOOKED_AT else known | set(siblings(own)))
+        self._is_range_known = True
 
     def _announce(self, key: str, source: str) -> None:
         if source not in self._announced:
@@ -304,7 +328,10 @@ class FeatureProvider:
         cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=cuda):
             features, given = encode_annotated(self.encoder, pictures)
-        check_features(features, self.encoder.feature_dim, [sample.key for sample in samples])
+            check_features(features, self.encoder.feature_dim, [sample.key for sample in samples])
+            if not self._is_proven and pictures:
+                prove_deterministic(self.encoder, pictures, features)
+                self._is_proven = True
         arrays = features.detach().to("cpu", torch.float32).numpy()
         notes: Sequence[str | None] = given if given is not None else [None] * len(samples)
         rows = [StoredFeature(sample.key, array, stamp, note) for sample, array, stamp, note in zip(samples, arrays, stamps, notes, strict=True)]

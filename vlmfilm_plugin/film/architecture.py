@@ -172,14 +172,17 @@ _MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def check_architecture(found: Mapping[str, Any], expected: Architecture) -> None:
+def check_architecture(found: Mapping[str, Any], expected: Architecture, former: Sequence[str] = ()) -> None:
     """Compare a checkpoint's FiLM (`read_extra_state`) with the FiLM of this run.
+
+    Args:
+        former: fingerprints that the encoder of this run had in earlier versions.
 
     Raises:
         CheckpointError: another encoder (both fingerprints are shown) or another architecture (the differing values are shown).
     """
     wanted = json.loads(json.dumps(asdict(expected)))
-    if found.get("fingerprint") and wanted["fingerprint"] and found["fingerprint"] != wanted["fingerprint"]:
+    if found.get("fingerprint") and wanted["fingerprint"] and found["fingerprint"] not in (wanted["fingerprint"], *former):
         raise CheckpointError(
             "cannot load this checkpoint: its FiLM was trained on the features of another encoder",
             {

@@ -61,6 +61,9 @@ class FilmModule(nn.Module):
         CheckpointError: on loading, the checkpoint's FiLM has another architecture or another encoder.
     """
 
+    # Of the encoder, in earlier versions: their checkpoints are of this encoder. No part of what is saved.
+    former_fingerprints: tuple[str, ...] = ()
+
     def __init__(self, architecture: Architecture, mode: str) -> None:
         super().__init__()
         self.architecture, self.mode = architecture, mode
@@ -118,7 +121,7 @@ class FilmModule(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *args: Any) -> None:
         has_film = any(key.startswith(prefix) for key in state_dict)
         if f"{prefix}_extra_state" in state_dict:
-            check_architecture(read_extra_state(state_dict[f"{prefix}_extra_state"]), self.architecture)
+            check_architecture(read_extra_state(state_dict[f"{prefix}_extra_state"]), self.architecture, self.former_fingerprints)
         elif not _is_strict(strict):
             # As torch does: what is missing stays as it is, and is reported.
             if not has_film:

@@ -105,6 +105,8 @@ def install(
         encoder=None if identity is None else dict(identity.identity.facts),
     )
     film = _build(architecture, mode, unet)
+    if identity is not None:
+        film.former_fingerprints = identity.identity.formerly
     frozen_by = settings.origin("freeze_host") if settings.freeze_host else None
     undo = _mutate(unet, film, condition, masks, Expected(pattern, settings.decoder_stages, own_film, frozen_by))
     if settings.freeze_host:

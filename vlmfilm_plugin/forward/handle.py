@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from vlmfilm_plugin.errors import ConditionError
@@ -78,7 +80,10 @@ class FilmHandle:
             )
         if features is None:
             assert images is not None
-            features = self._feature_provider().of_images(images)
+            provider = self._feature_provider()
+            if self.unet.training and torch.is_grad_enabled():
+                provider.check_range([Path(image) for image in images if isinstance(image, str | os.PathLike)])
+            features = provider.of_images(images)
         check_features(features, self.feature_dim)
         if gate is None:
             find_gate(self.settings.gate_name, self.settings.origin("spatial_gate"))

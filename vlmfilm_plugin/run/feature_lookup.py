@@ -69,7 +69,10 @@ class FeatureLookup:
             image: (S, C, H, W) in `value_range`.
             files: the untouched file behind a name, as the host's data sets know it.
         """
-        return self.of_samples(self.provider.samples_of(batch, image, value_range, files), step=step, is_train=is_train)
+        samples = self.provider.samples_of(batch, image, value_range, files)
+        if is_train:
+            self.provider.check_range([sample.path for sample in samples], files)
+        return self.of_samples(samples, step=step, is_train=is_train)
 
     def of_samples(
         self, samples: list[Sample], *, step: int | None = None, is_train: bool = False, names: Sequence[str] | None = None
@@ -80,6 +83,8 @@ class FeatureLookup:
             names: what the strategy tells the samples apart by; their keys where None.
         """
         before = replace(self.provider.stats)
+        if is_train:
+            self.provider.check_range([sample.path for sample in samples])
         choice = self.strategy.choose(names or [sample.key for sample in samples], step, is_train)
         if choice.rows is None:
             held, feature = self._held()

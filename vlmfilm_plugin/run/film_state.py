@@ -74,7 +74,7 @@ class FilmStates:
         if key not in self._providers:
             provider = FeatureProvider.from_settings(settings)
             found = provider.encoder.identity.fingerprint
-            if found != fingerprint:
+            if fingerprint not in provider.encoder.identity.fingerprints:
                 raise EncoderError(
                     "the encoder is not the one FiLM was built for",
                     {"found": found, "expected": fingerprint, "model_name": settings.model_name},

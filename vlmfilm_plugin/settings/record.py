@@ -62,6 +62,7 @@ class Settings:
     embedding_dtype: str = setting("float16", "str", choices=("float16", "float32"))
     mem_cache_size: int = setting(16384, "int", low=0)
     on_missing_feature: str = setting("encode", "str", choices=("encode", "error"))
+    accept_narrow_range: bool = setting(False, "bool")
     # which feature conditions which row
     batch_strategy: str = setting("per_sample", "str", choices=("per_sample", "first", "random"))
     reuse_policy: str = setting("step_interval", "str", choices=("step_interval", "image_id"))

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vlmfilm_plugin.checkpoints.peek import peek
-from vlmfilm_plugin.errors import EncoderError, FeatureError, ImageReadError, VlmFilmError
+from vlmfilm_plugin.errors import EncoderError, FeatureError, ImageReadError, UnsteadyEncoderError, VlmFilmError
+from vlmfilm_plugin.features.images import open_image
 from vlmfilm_plugin.features.provider import FeatureProvider, Sample
 from vlmfilm_plugin.features.store.protocol import SourceStamp
 from vlmfilm_plugin.settings.arguments import signature_with_settings
@@ -96,6 +97,7 @@ def warm_up(
         resolved = replace(resolved, device_map=device)
     samples = samples_of(plan, resolved.dataset_root)
     features = FeatureProvider.from_settings(resolved)
+    features.check_range(sample.path for sample in samples)
     mine = ranks.share(samples)
     with closing(features.store), WarmupProgress(ranks, len(mine), show_progress) as progress:
         report = _Warmup(features, batch_size, readers or min(8, os.cpu_count() or 1), progress).run(mine)
@@ -180,8 +182,10 @@ class _Warmup:
         try:
             self._provider.encode([sample for sample, _, _ in read], [stamp for _, stamp, _ in read], [picture for _, _, picture in read])
         except (EncoderError, FeatureError) as error:
-            if isinstance(error, EncoderError) and not self._provider.encoder.is_loaded and not self._report.encoded:
-                raise  # the encoder itself cannot be loaded
+            if isinstance(error, UnsteadyEncoderError) or (
+                isinstance(error, EncoderError) and not self._provider.encoder.is_loaded and not self._report.encoded
+            ):
+                raise  # no image is to blame: the encoder itself cannot be loaded, or used
             if len(read) == 1:
                 self._fail(read[0][0], error)
                 return
@@ -225,7 +229,7 @@ def _decoded_bytes(sample: Sample) -> int:
     assert sample.path is not None
     limit: int | None = Image.MAX_IMAGE_PIXELS
     try:
-        with Image.open(sample.path) as opened:
+        with open_image(sample.path) as opened:
             width, height = opened.size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         found = " ".join(str(error).split())

@@ -94,7 +94,8 @@ class FeatureStore:
             StoreError: the file cannot be read.
         """
         with self._file.use("read") as connection:
-            return {size for size in dict.fromkeys(sizes) if connection.execute(_HAS_SIZE, (identity.fingerprint, size)).fetchone()}
+            names = identity.fingerprints
+            return {size for size in sizes if any(connection.execute(_HAS_SIZE, (name, size)).fetchone() for name in names)}
 
     def read(self, identity: EncoderIdentity, keys: Sequence[str]) -> dict[str, StoredFeature]:
         """Return the newest stored feature of each of these keys that has one, by key; otherwise as `rows`."""
@@ -103,11 +104,13 @@ class FeatureStore:
     def _select(self, identity: EncoderIdentity, condition: str, mark: str, values: Sequence[tuple[object, ...]]) -> list[StoredFeature]:
         """Return rows under a condition whose braces stand for one mark a value."""
         found: list[Row] = []
+        # Today's name last: what was stored under it stands before what was stored under a former one.
+        names = identity.fingerprints[::-1]
         with self._file.use("read") as connection:
-            for start in range(0, len(values), _VALUES_PER_SELECT):
+            for name, start in ((name, start) for name in names for start in range(0, len(values), _VALUES_PER_SELECT)):
                 part = values[start : start + _VALUES_PER_SELECT]
                 statement = _SELECT + condition.format(",".join([mark] * len(part)))
-                found += map(Row._make, connection.execute(statement, (identity.fingerprint, *[x for value in part for x in value])))
+                found += map(Row._make, connection.execute(statement, (name, *[x for value in part for x in value])))
         if len(found) > len(values):
             found.sort(key=lambda row: row.created if isinstance(row.created, float) else 0.0)
         return [stored for row in found if (stored := self._stored(row)) is not None]
@@ -145,9 +148,10 @@ class FeatureStore:
 
     def keys(self, identity: EncoderIdentity) -> list[str]:
         """Return the keys stored for an identity, sorted, each once."""
+        statement = "SELECT DISTINCT key FROM features WHERE namespace = (SELECT id FROM namespaces WHERE fingerprint = ?)"
         with self._file.use("read") as connection:
-            statement = "SELECT DISTINCT key FROM features WHERE namespace = (SELECT id FROM namespaces WHERE fingerprint = ?)"
-            return sorted(key_to_text(key) for (key,) in connection.execute(statement, (identity.fingerprint,)))
+            found = {key for name in identity.fingerprints for (key,) in connection.execute(statement, (name,))}
+        return sorted(map(key_to_text, found))
 
     def count(self, identity: EncoderIdentity) -> int:
         """Return how many features are stored for an identity."""
