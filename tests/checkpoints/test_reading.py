@@ -62,7 +62,11 @@ class Sneaky:
         return self.call
 
 
-@pytest.mark.parametrize("thing", [harmless_call, functools.partial(print, "x"), Sneaky(eval, "1"), Sneaky(getattr, {}, "pop")], ids=["function", "partial", "eval", "getattr"])
+@pytest.mark.parametrize(
+    "thing",
+    [harmless_call, functools.partial(print, "x"), Sneaky(eval, "1"), Sneaky(getattr, {}, "pop")],
+    ids=["function", "partial", "eval", "getattr"],
+)
 def test_what_is_no_plain_data_is_named_and_nothing_is_imported_for_it(thing: object, tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "hyper_parameters": {"x": thing}}, tmp_path / "c.ckpt")
     with pytest.raises(CheckpointError, match="without running code") as error:

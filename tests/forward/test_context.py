@@ -189,7 +189,11 @@ def by_module(function: Callable[..., Tensor], *args: Tensor, use_reentrant: boo
 
 
 @BOTH
-@pytest.mark.parametrize("how", [checkpoint, by_module, functools.partial(checkpoint), through_closure, nested], ids=["by name", "by module", "partial", "closure", "nested"])
+@pytest.mark.parametrize(
+    "how",
+    [checkpoint, by_module, functools.partial(checkpoint), through_closure, nested],
+    ids=["by name", "by module", "partial", "closure", "nested"],
+)
 def test_by_hand_every_way_to_call_torchs_checkpoint_is_exact(how: Callable[..., Tensor], use_reentrant: bool) -> None:
     same_gradients(film_unet(use_reentrant, checkpoint=how), film_unet(None))
 

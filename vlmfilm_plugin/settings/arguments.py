@@ -42,16 +42,21 @@ class SettingsArguments(TypedDict, total=False):
     max_new_tokens: int
     pool: str
     # features and their store
+    store: str
     cache_dir: str | PathLike[str]
     dataset_root: str | PathLike[str] | None
     embedding_dtype: str
     mem_cache_size: int
     on_missing_feature: str
+    accept_narrow_range: bool
     # which feature conditions which row
     batch_strategy: str
     reuse_policy: str
     update_interval_steps_train: int
     update_interval_steps_eval: int
+    # mode shuffle
+    shuffle_seed: int
+    shuffle_pairs_file: str | PathLike[str] | None
     # FiLM
     cond_dim: int
     text_mlp_hidden_dim: int
