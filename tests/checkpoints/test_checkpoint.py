@@ -93,6 +93,7 @@ def test_metadata_says_architecture_encoder_and_stages_in_plain_values() -> None
         "gamma_scale": None,
         "beta_scale": None,
         "cond_layernorm": True,
+        "head": "film",
     }
 
 
@@ -187,6 +188,7 @@ def test_a_port_checkpoint_is_read_as_unbounded_with_its_widths_stages_and_model
         "gamma_scale": None,
         "beta_scale": None,
         "cond_layernorm": False,
+        "head": "film",
     }
 
 

@@ -16,13 +16,13 @@ from PIL import Image
 import torch
 from src.archs.flow_model import FlowModel
 from src.archs.diffusion_model import DiffusionModel
-from vlmfilm_plugin.forward import module_hooks as forward_hooks
+from vlmfilm_plugin.film import layers
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
 from vlmfilm_plugin.features.images import read_image
 
 used = []
-modulate = forward_hooks.modulate
-forward_hooks.modulate = lambda x, gamma, beta: (used.append((gamma.detach().clone(), beta.detach().clone())), modulate(x, gamma, beta))[1]
+modulate = layers.modulate
+layers.modulate = lambda x, gamma, beta: (used.append((gamma.detach().clone(), beta.detach().clone())), modulate(x, gamma, beta))[1]
 
 def batch_of(files, size=32):
     image = torch.stack([torch.randn(1, size, size) for _ in files])

@@ -28,4 +28,5 @@ def architecture_settings(architecture: Mapping[str, Any]) -> dict[str, object]:
         "gamma_scale": architecture["gamma_scale"],
         "beta_scale": architecture["beta_scale"],
         "cond_layernorm": architecture["use_layernorm"],
+        "head": architecture.get("head", "film"),
     }

@@ -36,6 +36,7 @@ def port_facts(checkpoint: Mapping[str, Any], state: Mapping[str, Any], path: st
         "gamma_scale": None,
         "beta_scale": None,
         "cond_layernorm": f"{PORT_HEADS}0.ln.weight" in state,
+        "head": "film",
     }
     encoder = {name: config[name] for name in PORT_ENCODER_SETTINGS if config.get(name) is not None}
     return CheckpointFacts(path, encoder, architecture)
@@ -90,6 +91,9 @@ def to_port_layout(state: Mapping[str, Any]) -> dict[str, Any]:
         facts = {"keys": len(state), "expected": f"keys with {MARKER!r} in them"}
         raise CheckpointError("cannot write the port's layout: this state dict holds no FiLM", facts, "give the state dict of a FiLM run")
     described = read_extra_state(state[f"{prefix}_extra_state"]) if f"{prefix}_extra_state" in state else {}
+    if described.get("head", "film") != "film":
+        facts = {"found": f"head {described['head']!r}", "expected": "'film', the only one that the port knows"}
+        raise CheckpointError("cannot write the port's layout: the port has no such head", facts, "export in the package's own layout")
     scales = {name: described.get(name) for name in ("gamma_scale", "beta_scale")}
     if any(scale is not None for scale in scales.values()):
         film_logger().warning(

@@ -37,6 +37,7 @@ class Architecture:
     beta_scale: float | None
     use_layernorm: bool
     is_text: bool
+    head: str = "film"
     fingerprint: str | None = None
     encoder: Mapping[str, object] | None = None
 
@@ -79,6 +80,8 @@ def check_architecture(found: Mapping[str, Any], expected: Architecture) -> None
             },
             "set `encoder`, `model_name` and the prompt and pixel settings to those of the checkpoint",
         )
+    # A description without a head is of the time when there was one kind.
+    found = {"head": "film", **found}
     differing = [name for name in wanted if name not in {"fingerprint", "encoder", "format"} and found.get(name) != wanted[name]]
     if differing:
         facts = {name: f"{_brief(found.get(name))} in the checkpoint, {_brief(wanted[name])} in this run" for name in differing}

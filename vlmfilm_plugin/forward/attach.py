@@ -16,6 +16,7 @@ from vlmfilm_plugin.encoders.registry import build_encoder
 from vlmfilm_plugin.errors import HostError, SettingsError
 from vlmfilm_plugin.film.architecture import Architecture, Stage
 from vlmfilm_plugin.film.freezing import freeze_host
+from vlmfilm_plugin.film.heads import check_head
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
 from vlmfilm_plugin.film.targets import Target, match_targets, select_stages
 from vlmfilm_plugin.forward.handle import FilmHandle
@@ -72,6 +73,7 @@ def install(
     if not settings.use_vlm_film:
         facts = {"found": f"use_vlm_film false   (from {settings.origin('use_vlm_film')})", "expected": "true"}
         raise SettingsError(f"cannot attach FiLM to {owner}: the settings say not to", facts, "take `use_vlm_film` out")
+    check_head(settings.head, settings.origin("head"))
     stages = _plan(unet, settings, targets, channels, owner)
     identity = None if feature_dim is not None else build_encoder(settings)
     architecture = Architecture(
@@ -84,6 +86,7 @@ def install(
         beta_scale=settings.beta_scale,
         use_layernorm=settings.cond_layernorm,
         is_text=settings.use_text_prompt_cond,
+        head=settings.head,
         fingerprint=None if identity is None else identity.identity.fingerprint,
         encoder=None if identity is None else dict(identity.identity.facts),
     )

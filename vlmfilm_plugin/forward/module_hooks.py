@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
 from vlmfilm_plugin.film.architecture import Stage
-from vlmfilm_plugin.film.layers import identity_for, modulate
+from vlmfilm_plugin.film.heads import Head
+from vlmfilm_plugin.film.layers import identity_for
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
 from vlmfilm_plugin.forward import context as conditioning
 from vlmfilm_plugin.forward.context import ForwardContext
@@ -108,7 +109,7 @@ class ModulateBlock:
         if torch.compiler.is_compiling() and not self.inputs.is_gated:
             # A context cannot be looked up from compiled code; the open context has left gamma and beta in the inputs.
             self.inputs.has_run = True
-            return None if self.film.mode == "off" else modulate(output, self.inputs.gamma, self.inputs.beta)  # type: ignore[arg-type]
+            return None if self.film.mode == "off" else self.film.head(self.head).modulate(output, self.inputs.gamma, self.inputs.beta)  # type: ignore[arg-type]
         return self._modulate(output)
 
     @_uncompiled
@@ -118,7 +119,7 @@ class ModulateBlock:
         context.ran.add(self.head)
         if self.film.mode == "off":
             if context.recorder is not None:
-                _assert_identity(output, stage, context)
+                _assert_identity(output, self.film.head(self.head), stage, context)
             return None
         gamma, beta = context.gamma_beta(self.head)
         if gamma.shape[:2] != output.shape[:2]:
@@ -127,16 +128,16 @@ class ModulateBlock:
                 {"gamma": tuple(gamma.shape), "output": tuple(output.shape), "expected": "equal rows and channels"},
                 "pass one feature a row of the UNet's input",
             )
-        result = context.gated(output, modulate(output, gamma, beta))
+        result = context.gated(output, self.film.head(self.head).modulate(output, gamma, beta))
         if context.recorder is not None:
             context.recorder.record(stage.index, output, result, gamma, beta, context.cond_vec())
         return result
 
 
-def _assert_identity(x: Tensor, stage: Stage, context: ForwardContext) -> None:
+def _assert_identity(x: Tensor, head: Head, stage: Stage, context: ForwardContext) -> None:
     """Check on a logged step that gamma 1 and beta 0 leave x alone to the bit."""
     gamma, beta = identity_for(x)
-    y = modulate(x, gamma, beta)
+    y = head.modulate(x, gamma, beta)
     if not bool(((y == x) | (y.isnan() & x.isnan())).all()):
         raise HostError(
             f"mode off changed the output of block {stage.path!r}",

@@ -61,6 +61,7 @@ class Settings:
     gamma_scale: float | None = _setting(0.1, "float", low=0.0, optional=True)
     beta_scale: float | None = _setting(0.1, "float", low=0.0, optional=True)
     cond_layernorm: bool = _setting(True, "bool")
+    head: str = _setting("film", "str")
     decoder_stages: tuple[int, ...] | None = _setting(None, "stages", optional=True)
     apply_point: str = _setting("post_block2", "str", choices=("post_block2", "post_block1"))
     targets: str | None = _setting(None, "str", optional=True)
