@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from processes import run_code, succeed
+from processes import forked_code, succeed
 from stand_in import SETTINGS, StandIn
 
 # The expected gamma of a row is computed from the file on disk, by hand; the gamma that was used is taken at the modulation.
@@ -54,7 +54,7 @@ files = sorted(glob.glob(os.environ["DATA"] + "/train/image/*.png"))[:4]
 def run(stand_in: StandIn, code: str, mode: str = "on", **variables: str) -> str:
     cache = str(stand_in.root / "cache_rows")
     variables = {**SETTINGS, "VLM_FILM_CACHE_DIR": cache, "DATA": str(stand_in.data), **variables}
-    return succeed(run_code(SETUP + code, cwd=stand_in.repo, VLM_FILM_MODE=mode, **variables))
+    return succeed(forked_code(SETUP + code, cwd=stand_in.repo, VLM_FILM_MODE=mode, **variables))
 
 
 def test_every_patch_is_conditioned_on_its_own_image(stand_in: StandIn) -> None:
