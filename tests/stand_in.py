@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from processes import DEMO_HOST, python, succeed
+from processes import DEMO_HOST, forked, succeed
 
 from vlmfilm_plugin.demo.dataset import make_dataset
 
@@ -35,13 +35,13 @@ class StandIn:
 
     def train(self, name: str, mode: str | None, model: dict[str, Any] | None = None, **variables: str) -> str:
         config = self.config(name, model)
-        return succeed(python("scripts/train.py", "--config", config, cwd=self.repo, VLM_FILM_MODE=mode, **self._variables(mode, variables)))
+        return succeed(forked("scripts/train.py", "--config", config, cwd=self.repo, VLM_FILM_MODE=mode, **self._variables(mode, variables)))
 
     def evaluate(self, name: str, mode: str | None, arch: str = "medsegdiff_flow", label: str = "", **variables: str) -> str:
         arguments = ["--data", "angio", "--models", arch, "--checkpoint", self.checkpoint(name), "--output", self.output(f"{name}{label}-{mode}")]
         # Nothing but the mode: the checkpoint says the rest.
         return succeed(
-            python("scripts/evaluate.py", *arguments, cwd=self.repo, VLM_FILM_MODE=mode, VLM_FILM_CACHE_DIR=str(self.root / "cache"), **variables)
+            forked("scripts/evaluate.py", *arguments, cwd=self.repo, VLM_FILM_MODE=mode, VLM_FILM_CACHE_DIR=str(self.root / "cache"), **variables)
         )
 
     def checkpoint(self, name: str) -> Path:

@@ -279,7 +279,7 @@ def test_every_public_name_resolves_and_is_listed_once() -> None:
     for name in vlmfilm_plugin.__all__:
         value = getattr(vlmfilm_plugin, name)
         assert name in {"__version__", "hookimpl"} or value.__module__.startswith(rules.PACKAGE)
-        assert getattr(value, "__name__", name) in {name, "VLMConditioner"}
+        assert getattr(value, "__name__", name) in {name, "VLMConditioner", "EncoderIdentity"}
 
 
 def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:

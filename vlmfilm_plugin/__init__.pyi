@@ -5,6 +5,7 @@ from vlmfilm_plugin.checkpoints.film_weights import export_adapter as export_ada
 from vlmfilm_plugin.checkpoints.soft_seg_layout import to_port_layout as to_port_layout
 from vlmfilm_plugin.encoders.base import Encoder as Encoder
 from vlmfilm_plugin.encoders.base import EncoderIdentity as EncoderIdentity
+from vlmfilm_plugin.encoders.base import Identity as Identity
 from vlmfilm_plugin.encoders.qwen2_5_vl import QwenVLMTextGenerator as QwenVLMTextGenerator
 from vlmfilm_plugin.errors import CheckpointError as CheckpointError
 from vlmfilm_plugin.errors import ConditionError as ConditionError
@@ -19,6 +20,9 @@ from vlmfilm_plugin.errors import TargetMatchError as TargetMatchError
 from vlmfilm_plugin.errors import VlmFilmError as VlmFilmError
 from vlmfilm_plugin.film.gate_view import GateView as GateView
 from vlmfilm_plugin.film.gates import register_gate as register_gate
+from vlmfilm_plugin.film.heads import Head as Head
+from vlmfilm_plugin.film.heads import HeadShape as HeadShape
+from vlmfilm_plugin.film.heads import register_head as register_head
 from vlmfilm_plugin.film.layers import AdaptiveFiLMHead as AdaptiveFiLMHead
 from vlmfilm_plugin.film.layers import ImageToConditionVector as ImageToConditionVector
 from vlmfilm_plugin.film.layers import TextToConditionVector as TextToConditionVector

@@ -89,6 +89,7 @@ def test_metadata_says_architecture_encoder_and_stages_in_plain_values() -> None
         "gamma_scale": None,
         "beta_scale": None,
         "cond_layernorm": True,
+        "head": "film",
     }
 
 
@@ -184,6 +185,7 @@ def test_a_port_checkpoint_is_read_as_unbounded_with_its_widths_and_model() -> N
         "gamma_scale": None,
         "beta_scale": None,
         "cond_layernorm": False,
+        "head": "film",
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from processes import run_code, succeed
+from processes import forked_code, succeed
 from stand_in import SETTINGS, StandIn
 
 # The expected gamma of a row is computed from the file on disk, by hand; the gamma that was used is taken at the modulation.
@@ -16,13 +16,13 @@ from PIL import Image
 import torch
 from src.archs.flow_model import FlowModel
 from src.archs.diffusion_model import DiffusionModel
-from vlmfilm_plugin.forward import module_hooks as forward_hooks
+from vlmfilm_plugin.film import layers
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
 from vlmfilm_plugin.features.images import read_image
 
 used = []
-modulate = forward_hooks.modulate
-forward_hooks.modulate = lambda x, gamma, beta: (used.append((gamma.detach().clone(), beta.detach().clone())), modulate(x, gamma, beta))[1]
+modulate = layers.modulate
+layers.modulate = lambda x, gamma, beta: (used.append((gamma.detach().clone(), beta.detach().clone())), modulate(x, gamma, beta))[1]
 
 def batch_of(files, size=32):
     image = torch.stack([torch.randn(1, size, size) for _ in files])
@@ -54,7 +54,7 @@ files = sorted(glob.glob(os.environ["DATA"] + "/train/image/*.png"))[:4]
 def run(stand_in: StandIn, code: str, mode: str = "on", **variables: str) -> str:
     cache = str(stand_in.root / "cache_rows")
     variables = {**SETTINGS, "VLM_FILM_CACHE_DIR": cache, "DATA": str(stand_in.data), **variables}
-    return succeed(run_code(SETUP + code, cwd=stand_in.repo, VLM_FILM_MODE=mode, **variables))
+    return succeed(forked_code(SETUP + code, cwd=stand_in.repo, VLM_FILM_MODE=mode, **variables))
 
 
 def test_every_patch_is_conditioned_on_its_own_image(stand_in: StandIn) -> None:

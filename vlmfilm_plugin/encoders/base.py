@@ -50,6 +50,10 @@ class EncoderIdentity:
         return (self.fingerprint, *self.formerly)
 
 
+# The public name of the first version.
+Identity = EncoderIdentity
+
+
 def _fingerprint(facts: Mapping[str, object]) -> str:
     text = json.dumps(dict(facts), sort_keys=True, default=str)
     return f"{facts.get('encoder', 'encoder')}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"

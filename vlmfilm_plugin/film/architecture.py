@@ -79,6 +79,7 @@ class Architecture:
     beta_scale: float | None = field(metadata=_says(*_BOUND, "beta_scale"))
     use_layernorm: bool = field(metadata=_says(*_FLAG, "cond_layernorm"))
     is_text: bool = field(metadata=_says(*_FLAG, "use_text_prompt_cond", is_encoders=True))
+    head: str = field(default="film", metadata=_says(*_TEXT, "head"))
     # Of the encoder; a description may lack them.
     fingerprint: str | None = field(default=None, metadata=_says("text, or null", lambda value: value is None or isinstance(value, str)))
     encoder: Mapping[str, object] | None = field(
@@ -167,8 +168,8 @@ def _unusable(facts: Mapping[str, object], fix: str) -> CheckpointError:
 
 # From a format to the next: what a description of that format meant, in the terms of the next.
 _MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    # Format 1 said nothing of its readers.
-    1: lambda description: {**description, "format": 2, "readable_by": 1},
+    # Format 1 said nothing of its readers, and knew one kind of head.
+    1: lambda description: {**description, "format": 2, "readable_by": 1, "head": "film"},
 }
 
 

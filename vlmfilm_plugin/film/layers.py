@@ -45,6 +45,9 @@ class AdaptiveFiLMHead(nn.Module):
         self.gamma_scale, self.beta_scale = gamma_scale, beta_scale
         self.ln = nn.LayerNorm(cond_dim) if use_layernorm else nn.Identity()
         self.mlp = nn.Sequential(nn.Linear(cond_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2 * channels))
+        self._zero_last()
+
+    def _zero_last(self) -> None:
         last = self.mlp[2]
         nn.init.zeros_(last.weight)  # type: ignore[arg-type]
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
@@ -57,6 +60,19 @@ class AdaptiveFiLMHead(nn.Module):
             gamma = 1 + (g if self.gamma_scale is None else self.gamma_scale * torch.tanh(g))
             beta = b if self.beta_scale is None else self.beta_scale * torch.tanh(b)
         return gamma, beta
+
+    def modulate(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        """Return `gamma * x + beta` (B, C, H, W) in x's dtype."""
+        return modulate(x, gamma, beta)
+
+    def reset(self) -> None:
+        """Set every tensor as in a fresh head, which is the identity."""
+        _reset(self)
+        self._zero_last()
+
+    def change_probes(self) -> list[Tensor]:
+        """Return the last bias: it changes whenever the weights are changed as a whole."""
+        return [self.mlp[2].bias]  # type: ignore[list-item]
 
     def extra_repr(self) -> str:
         return f"cond_dim={self.cond_dim}, channels={self.channels}, gamma_scale={self.gamma_scale}, beta_scale={self.beta_scale}"
@@ -91,6 +107,14 @@ class ImageToConditionVector(nn.Module):
             cond_vec: Tensor = self.ln(self.proj(feature.to(self.proj.weight.dtype)))
         return cond_vec
 
+    def reset(self) -> None:
+        """Set every tensor as in a fresh projection."""
+        _reset(self)
+
+    def change_probes(self) -> list[Tensor]:
+        """Return a small parameter that changes whenever the weights are changed as a whole."""
+        return [self.proj.bias]
+
 
 class TextToConditionVector(nn.Module):
     """Project a text embedding to a condition vector: Linear, ReLU, Linear.
@@ -112,6 +136,14 @@ class TextToConditionVector(nn.Module):
         with full_precision(embedding):
             cond_vec: Tensor = self.mlp(embedding.to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]
         return cond_vec
+
+    def reset(self) -> None:
+        """Set every tensor as in a fresh projection."""
+        _reset(self)
+
+    def change_probes(self) -> list[Tensor]:
+        """Return a small parameter that changes whenever the weights are changed as a whole."""
+        return [self.mlp[2].bias]  # type: ignore[list-item]
 
 
 def modulate(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -135,6 +167,12 @@ def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which autocast leaves FiLM's own layers alone."""
     kind = x.device.type
     return torch.autocast(device_type=kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _reset(module: nn.Module) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.LayerNorm):
+            layer.reset_parameters()
 
 
 def _check_width(tensor: Tensor, expected: int, what: str, owner: str) -> None:

@@ -6,13 +6,14 @@ import copy
 import inspect
 import json
 import uuid
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vlmfilm_plugin.film.architecture import Architecture, check_architecture, read_extra_state
-from vlmfilm_plugin.film.layers import AdaptiveFiLMHead, ImageToConditionVector, TextToConditionVector
+from vlmfilm_plugin.film.heads import Head, HeadShape, build_head
+from vlmfilm_plugin.film.layers import ImageToConditionVector, TextToConditionVector
 from vlmfilm_plugin.log import film_logger
 
 ATTRIBUTE = "vlm_film"
@@ -77,7 +78,8 @@ class FilmModule(nn.Module):
         else:
             self.image_to_cond = ImageToConditionVector(a.feature_dim, a.cond_dim)
         self.heads = nn.ModuleList(
-            AdaptiveFiLMHead(a.cond_dim, stage.channels, a.hidden_dim, a.gamma_scale, a.beta_scale, a.use_layernorm) for stage in a.stages
+            build_head(a.head, HeadShape(a.cond_dim, stage.channels, a.hidden_dim, a.gamma_scale, a.beta_scale, a.use_layernorm))
+            for stage in a.stages
         )
         # An unused parameter stops DDP in the next step.
         self.requires_grad_(mode != "off")
@@ -85,9 +87,25 @@ class FilmModule(nn.Module):
 
     def project(self, features: Tensor) -> Tensor:
         """Project features (B, F) to condition vectors (B, D)."""
-        projection = self.text_to_cond if self.architecture.is_text else self.image_to_cond
-        cond_vec: Tensor = projection(features)
+        cond_vec: Tensor = self.projection(features)
         return cond_vec
+
+    @property
+    def projection(self) -> ImageToConditionVector | TextToConditionVector:
+        """Return what makes condition vectors of features."""
+        return self.text_to_cond if self.architecture.is_text else self.image_to_cond
+
+    def head(self, position: int) -> Head:
+        """Return the head of the `position`-th selected stage."""
+        return cast(Head, self.heads[position])
+
+    def reset(self) -> None:
+        """Set every tensor as in a fresh FiLM, which is the identity, without a draw from the host's random stream."""
+        devices = {parameter.device for parameter in self.parameters() if parameter.device.type == "cuda"}
+        with torch.random.fork_rng(devices=list(devices)):
+            self.projection.reset()
+            for position in range(len(self.heads)):
+                self.head(position).reset()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         inherited: Any = super().__setstate__
@@ -102,9 +120,7 @@ class FilmModule(nn.Module):
 
     def change_probes(self) -> list[Tensor]:
         """Return small parameters, one of each layer group, that change whenever the weights are changed as a whole."""
-        projection = self.text_to_cond.mlp[2] if self.architecture.is_text else self.image_to_cond.proj
-        biases: list[Any] = [projection.bias, *(head.mlp[2].bias for head in self.heads)]  # type: ignore[union-attr,index]
-        return biases
+        return [*self.projection.change_probes(), *(probe for position in range(len(self.heads)) for probe in self.head(position).change_probes())]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move with the UNet, but keep full precision: `unet.half()` would round gamma = 1.0003 to 1."""
@@ -136,10 +152,10 @@ class FilmModule(nn.Module):
         self._say_once(
             "the checkpoint has no FiLM weights (a plain baseline): FiLM starts as the identity, which equals the baseline until it is trained"
         )
-        for name, value in self.state_dict().items():
-            # These heads may have been trained before: the last layer at zero is what makes a head the identity.
-            is_last_layer = name.startswith("heads.") and ".mlp.2." in name
-            state_dict[prefix + name] = torch.zeros_like(value) if is_last_layer else value
+        # This FiLM may have been trained before. A copy is reset: the load may still be refused.
+        fresh = copy.deepcopy(self)
+        fresh.reset()
+        state_dict.update({prefix + name: value for name, value in fresh.state_dict().items()})
 
     def _say_once(self, text: str) -> None:
         if (self.film_id, text) not in _said:

@@ -17,6 +17,7 @@ from vlmfilm_plugin.encoders.registry import build_encoder
 from vlmfilm_plugin.errors import HostError, SettingsError
 from vlmfilm_plugin.film.architecture import Architecture, Stage, decided_by
 from vlmfilm_plugin.film.freezing import freeze_host
+from vlmfilm_plugin.film.heads import check_head
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
 from vlmfilm_plugin.film.targets import Target, match_targets, select_stages
 from vlmfilm_plugin.forward.first_pass import only_channel
@@ -94,6 +95,7 @@ def install(
     if not settings.use_vlm_film:
         facts = {"found": f"use_vlm_film false   (from {settings.origin('use_vlm_film')})", "expected": "true"}
         raise SettingsError(f"cannot attach FiLM to {owner}: the settings say not to", facts, "take `use_vlm_film` out")
+    check_head(settings.head, settings.origin("head"))
     pattern = _pattern(settings, targets, owner)
     stages = _plan(unet, settings, pattern, channels, owner)
     identity = None if feature_dim is not None else build_encoder(settings)

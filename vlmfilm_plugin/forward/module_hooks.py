@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
 from vlmfilm_plugin.film.architecture import Stage
 from vlmfilm_plugin.film.freezing import refuse_unfrozen
-from vlmfilm_plugin.film.layers import identity_for, modulate
+from vlmfilm_plugin.film.heads import Head
+from vlmfilm_plugin.film.layers import identity_for
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
 from vlmfilm_plugin.film.targets import match_targets, select_stages
 from vlmfilm_plugin.forward import context as conditioning
@@ -166,7 +167,7 @@ class ModulateBlock:
         if torch.compiler.is_compiling() and not self.inputs.is_gated:
             # A context cannot be looked up from compiled code; the open context has left gamma and beta in the inputs.
             self.inputs.has_run = True
-            return None if self.film.mode == "off" else modulate(output, self.inputs.gamma, self.inputs.beta)  # type: ignore[arg-type]
+            return None if self.film.mode == "off" else self.film.head(self.head).modulate(output, self.inputs.gamma, self.inputs.beta)  # type: ignore[arg-type]
         return self._modulate(output)
 
     @uncompiled
@@ -176,7 +177,7 @@ class ModulateBlock:
         context.ran.add(self.head)
         if self.film.mode == "off":
             if context.recorder is not None:
-                _assert_identity(output, stage, context)
+                _assert_identity(output, self.film.head(self.head), stage, context)
             return None
         gamma, beta = context.gamma_beta(self.head)
         if gamma.shape[:2] != output.shape[:2]:
@@ -185,7 +186,7 @@ class ModulateBlock:
                 {"gamma": tuple(gamma.shape), "output": tuple(output.shape), "expected": "equal rows and channels"},
                 "pass one feature a row of the UNet's input",
             )
-        result = modulate(output, gamma, beta)
+        result = self.film.head(self.head).modulate(output, gamma, beta)
         if context.gate is not None:
             result = context.gate.apply(stage.index, output, result)
         if context.recorder is not None:
@@ -196,10 +197,10 @@ class ModulateBlock:
 
 
 @torch.no_grad()
-def _assert_identity(x: Tensor, stage: Stage, context: ForwardContext) -> None:
+def _assert_identity(x: Tensor, head: Head, stage: Stage, context: ForwardContext) -> None:
     """Check on a logged step that gamma 1 and beta 0 leave x alone to the bit."""
     gamma, beta = identity_for(x)
-    y = modulate(x, gamma, beta)
+    y = head.modulate(x, gamma, beta)
     if not bool(((y == x) | (y.isnan() & x.isnan())).all()):
         raise HostError(
             f"mode off changed the output of block {stage.path!r}",

@@ -63,6 +63,7 @@ class SettingsArguments(TypedDict, total=False):
     gamma_scale: float | None
     beta_scale: float | None
     cond_layernorm: bool
+    head: str
     decoder_stages: Sequence[int] | int | None
     apply_point: str
     targets: str | None

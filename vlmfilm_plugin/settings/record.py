@@ -77,6 +77,7 @@ class Settings:
     gamma_scale: float | None = setting(0.1, "float", low=0.0, optional=True)
     beta_scale: float | None = setting(0.1, "float", low=0.0, optional=True)
     cond_layernorm: bool = setting(True, "bool")
+    head: str = setting("film", "str")
     decoder_stages: tuple[int, ...] | None = setting(None, "stages", optional=True)
     apply_point: str = setting("post_block2", "str", choices=("post_block2", "post_block1"))
     targets: str | None = setting(None, "str", optional=True)
