@@ -220,7 +220,10 @@ def test_a_row_of_the_store_is_read_by_name() -> None:
 
 
 def test_no_call_has_more_arguments_by_position_than_one_can_read() -> None:
-    assert broken(rules.crowded_calls, OURS) == {}
+    # The one signature that is not ours: the port's callers may pass its arguments by position.
+    of_the_port = CORE / "soft_seg" / "conditioner.py"
+    assert broken(rules.crowded_calls, [path for path in OURS if path != of_the_port]) == {}
+    assert len(rules.crowded_calls(of_the_port.read_text(encoding="utf-8"))) == 1
 
 
 def test_settings_have_a_type() -> None:
