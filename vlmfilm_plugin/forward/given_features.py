@@ -30,7 +30,7 @@ class GivenFeatures:
 
     film_id: str
     features: Tensor
-    settings: Settings
+    settings: Settings = field(default_factory=Settings)
     gate: Tensor | Gate | None = None
     step: int = 0
     shuffle: Shuffle = field(default_factory=Shuffle)
