@@ -30,6 +30,7 @@ from vlmfilm_plugin.forward.attach import attach as attach
 from vlmfilm_plugin.forward.handle import FilmHandle as FilmHandle
 from vlmfilm_plugin.host_spec import Config as Config
 from vlmfilm_plugin.host_spec import HostSpec as HostSpec
+from vlmfilm_plugin.host_spec import Masks as Masks
 from vlmfilm_plugin.host_spec import Model as Model
 from vlmfilm_plugin.host_spec import RowView as RowView
 from vlmfilm_plugin.host_spec import Steps as Steps

@@ -74,6 +74,9 @@ class Model(nn.Module):
     def on_load_checkpoint(self, checkpoint):
         calls.append("load")
 
+    def on_validation_end(self):
+        calls.append("validated")
+
     def on_fit_end(self):
         calls.append("end")
 
@@ -126,6 +129,7 @@ def a_run(host: Any, model: Any) -> tuple[list[float], dict[str, torch.Tensor], 
     checkpoint: dict[str, Any] = {"state_dict": model.state_dict()}
     model.on_save_checkpoint(checkpoint)
     model.on_load_checkpoint(checkpoint)
+    model.on_validation_end()
     model.on_fit_end()
     return losses, model.state_dict(), checkpoint
 

@@ -247,7 +247,7 @@ def test_a_callers_own_condition_wins_over_the_batch(tmp_path: Path) -> None:
     model = host.Model()
     randomise(model.net.vlm_film)
     width = model.net.vlm_film.architecture.feature_dim
-    with torch.no_grad(), conditioning.in_force(GivenFeatures(model.net.vlm_film.film_id, torch.ones(1, width))):
+    with torch.no_grad(), conditioning.in_force(GivenFeatures(model.net.vlm_film.film_id, torch.ones(1, width), run.settings)):
         a = model.validation_step(batch(1))
     with torch.no_grad():
         b = model.validation_step(batch(1))
@@ -272,12 +272,12 @@ def test_a_validation_between_two_steps_does_not_replace_what_training_holds(str
     model = host.Model()
     model.training_step(batch(seed=0))
     film = model.net.vlm_film
-    held = run.states.of(film).lookup.held.clone()
+    held = run.states.of(film).lookup.held[1].clone()
     with torch.inference_mode():
         model.validation_step(batch(1, seed=8))
     model.global_step = 1
     loss = model.training_step(batch(seed=1))
-    assert torch.equal(run.states.of(film).lookup.held, held)
+    assert torch.equal(run.states.of(film).lookup.held[1], held)
     loss.backward()
 
 
@@ -392,7 +392,7 @@ def test_a_subclass_gets_film_once(tmp_path: Path) -> None:
 
 
 def test_a_subclass_that_rebuilds_its_decoder_is_modulated_there_or_refused_never_a_silent_baseline(tmp_path: Path) -> None:
-    host, _ = patched(tmp_path)
+    host, run = patched(tmp_path)
 
     class Child(host.Net):
         def __init__(self) -> None:
@@ -409,7 +409,7 @@ def test_a_subclass_that_rebuilds_its_decoder_is_modulated_there_or_refused_neve
             from vlmfilm_plugin.forward.given_features import GivenFeatures
 
             given = scale * torch.randn(1, model.net.vlm_film.architecture.feature_dim)
-            with torch.no_grad(), conditioning.in_force(GivenFeatures(model.net.vlm_film.film_id, given)):
+            with torch.no_grad(), conditioning.in_force(GivenFeatures(model.net.vlm_film.film_id, given, run.settings)):
                 outputs.append(model.net(image, torch.zeros(1), image))
     except VlmFilmError:
         return
