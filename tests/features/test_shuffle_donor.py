@@ -39,8 +39,8 @@ def provider(cache: Path, **values: object) -> FeatureProvider:
 
 
 def data_set(root: Path, split: str, count: int = 6) -> dict[str, Path]:
-    base = {"train": 0, "test": 100}[split]
-    return {f"{split}/image/{i}.png": write(root / split / "image" / f"{i}.png", base + 10 * i) for i in range(count)}
+    base = {"train": 3, "test": 100}[split]
+    return {f"{split}/image/{i}.png": write(root / split / "image" / f"{i}.png", base + 26 * i) for i in range(count)}
 
 
 def known(*sets: dict[str, Path]) -> DataSets:
