@@ -1,6 +1,6 @@
 """The one place that asks what other packages add to this one, by entry point.
 
-At the root, below everything that asks: encoders, host adapters, warm-up and `doctor`. Nothing is imported here; `EntryPoint.load` does that.
+At the root, below everything that asks: encoders, stores, host adapters, warm-up and `doctor`. Nothing is imported here; `EntryPoint.load` does that.
 The start-up gate asks by itself: it must run where this package cannot be imported.
 """
 
@@ -11,6 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 ENCODERS = "vlmfilm.encoders"
 HOSTS = "vlmfilm.hosts"
 STARTUP = "torch.backends"
+STORES = "vlmfilm.stores"
 
 
 def installed(group: str, name: str | None = None) -> list[EntryPoint]:

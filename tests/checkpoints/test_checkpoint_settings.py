@@ -64,7 +64,7 @@ def test_a_setting_recorded_by_another_version_is_named_and_no_error(capsys: pyt
     checkpoint = recorded(decoder_stages=[1])
     checkpoint["vlm_film"]["settings"] |= {"crop_policy": "centre", "model_name": "m"}
     facts = facts_of(checkpoint, "film.ckpt")
-    settings = resolve_with(facts, [])
+    settings = resolve_with(facts, {})
     assert settings.model_name == "m" and settings.decoder_stages == (1,)
     line = next(line for line in capsys.readouterr().out.splitlines() if "does not know" in line)
     assert "crop_policy" in line and "film.ckpt" in line
@@ -91,17 +91,17 @@ def test_metadata_that_no_version_wrote_is_refused(metadata: Any) -> None:
 
 def test_a_gate_that_a_checkpoint_was_trained_with_is_a_default_for_its_evaluation() -> None:
     facts = facts_of(recorded(spatial_gate="vessel_junctions"), "film.ckpt")
-    assert resolve_with(facts, []).spatial_gate == "vessel_junctions"
-    assert resolve_with(facts, [("argument", {"spatial_gate": None})]).spatial_gate is None
+    assert resolve_with(facts, {}).spatial_gate == "vessel_junctions"
+    assert resolve_with(facts, {}, arguments={"spatial_gate": None}).spatial_gate is None
     plain = facts_of(recorded(), "film.ckpt")
-    assert resolve_with(plain, [("argument", {"spatial_gate": "vessel_junctions"})]).spatial_gate == "vessel_junctions"
+    assert resolve_with(plain, {}, arguments={"spatial_gate": "vessel_junctions"}).spatial_gate == "vessel_junctions"
 
 
 def test_settings_that_agree_with_the_checkpoint_or_say_nothing_are_not_mentioned(capsys: pytest.CaptureFixture[str]) -> None:
     facts = facts_of(recorded(decoder_stages=[1], gamma_scale=0.3), "film.ckpt")
     capsys.readouterr()
-    resolve_with(facts, [("host config", {"decoder_stages": [1], "cache_dir": "x"})])
+    resolve_with(facts, {}, host={"decoder_stages": [1], "cache_dir": "x"})
     assert capsys.readouterr().out == ""
-    resolve_with(facts, [("host config", {"decoder_stages": None, "gamma_scale": 0.2})])
+    resolve_with(facts, {}, host={"decoder_stages": None, "gamma_scale": 0.2})
     out = capsys.readouterr().out
     assert out.count("is not used") == 2 and "gamma_scale=0.2 is not used (from host config: gamma_scale)" in out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,6 @@ from vlmfilm_plugin.checkpoints.soft_seg_layout import to_port_layout
 from vlmfilm_plugin.errors import CheckpointError
 from vlmfilm_plugin.film.layers import AdaptiveFiLMHead, ImageToConditionVector
 from vlmfilm_plugin.forward.attach import install
-from vlmfilm_plugin.settings.layers import Layer
-from vlmfilm_plugin.settings.record import FIELDS
 
 FEATURES, COND, HIDDEN = 5, 4, 6
 BASE, FACTORS = 3, (1, 2, 2)
@@ -101,11 +100,11 @@ class PortModel(nn.Module):
 class Host(nn.Module):
     """The host without the port, with FiLM as settings say."""
 
-    def __init__(self, given: list[Layer], facts: Any = None, seed: int = 9) -> None:
+    def __init__(self, given: Mapping[str, object], facts: Any = None, seed: int = 9, environ: Mapping[str, str] | None = None) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.unet = SkipUNet()
-        self.settings = resolve_with(facts, given)
+        self.settings = resolve_with(facts, environ or {}, arguments=given)
         self.handle = install(self.unet, self.settings, "on", feature_dim=FEATURES)
 
     def forward(self, x: Tensor, time: Tensor, cond: Tensor, features: Tensor) -> Tensor:
@@ -119,9 +118,9 @@ def inputs() -> tuple[Tensor, ...]:
     return x, torch.rand(3, generator=generator), cond, torch.randn(3, FEATURES, generator=generator)
 
 
-def loaded(checkpoint: dict[str, Any], given: list[Layer] | None = None) -> Host:
+def loaded(checkpoint: dict[str, Any], given: Mapping[str, object] | None = None, environ: Mapping[str, str] | None = None) -> Host:
     """Load as a host does: the model is built as the checkpoint says, then its state is loaded strictly."""
-    host = Host(given or [], facts_of(checkpoint, "port.ckpt"))
+    host = Host(given or {}, facts_of(checkpoint, "port.ckpt"), environ=environ)
     checkpoint = {**checkpoint, "state_dict": dict(checkpoint["state_dict"])}
     adapt(host, checkpoint, host.settings)
     host.load_state_dict(checkpoint["state_dict"], strict=True)
@@ -149,7 +148,7 @@ def test_a_checkpoint_acts_where_its_model_trained_it(kind: str, stages: list[in
     write_metadata(host, host.settings, ours)
     assert ours["vlm_film"]["architecture"]["apply_point"] == point and ours["vlm_film_trained_stages"] == port.stages
     facts = facts_of(ours, "ours.ckpt")
-    again = Host([], facts)
+    again = Host({}, facts)
     again.load_state_dict(ours["state_dict"], strict=True)
     assert difference(again, port) < 1e-6
 
@@ -158,7 +157,7 @@ def test_a_checkpoint_acts_where_its_model_trained_it(kind: str, stages: list[in
 def test_the_other_place_is_far_off_so_that_equality_means_something(kind: str, other: str) -> None:
     port = PortModel(kind, [0, 1, 2])
     bare = {"state_dict": port.state_dict()}
-    assert difference(loaded(bare, [("argument", {"apply_point": other})]), port) > 1e-2
+    assert difference(loaded(bare, {"apply_point": other}), port) > 1e-2
 
 
 def test_null_means_the_two_stages_next_to_the_bottleneck() -> None:
@@ -189,14 +188,14 @@ def test_without_the_ports_hyperparameters_it_is_refused_until_the_place_is_set(
         loaded(bare)
     text = str(error.value)
     assert "FlowModelVLMFiLM" in text and "post_block1" in text and "FlowModel(use_vlm_film=True)" in text and "post_block2" in text
-    given: list[Layer] = [("argument", {"apply_point": point, "decoder_stages": port.stages})]
+    given: Mapping[str, object] = {"apply_point": point, "decoder_stages": port.stages}
     assert difference(loaded(bare, given), port) < 1e-6
     # A state dict by itself, in a file.
     torch.save(port.state_dict(), tmp_path / "bare.pt")
     facts = peek(tmp_path / "bare.pt")
     assert facts is not None and len(facts.readings) == 2
     with pytest.raises(CheckpointError, match="where its FiLM acts"):
-        resolve_with(facts, [])
+        resolve_with(facts, {})
 
 
 @pytest.mark.parametrize(
@@ -207,7 +206,7 @@ def test_without_the_ports_hyperparameters_it_is_refused_until_the_place_is_set(
 def test_a_model_that_was_built_otherwise_refuses_it_though_shapes_would_fit(given: dict[str, object]) -> None:
     # As `trainer.fit(ckpt_path=...)` does: nobody asked the checkpoint before the model was built.
     port = PortModel(FILM_MODEL, [0, 1])
-    host = Host([("argument", {"cond_dim": COND, "text_mlp_hidden_dim": HIDDEN, **given})])
+    host = Host({"cond_dim": COND, "text_mlp_hidden_dim": HIDDEN, **given})
     with pytest.raises(CheckpointError, match="acts elsewhere") as error:
         adapt(host, port.checkpoint(), host.settings)
     assert "apply_point=post_block1 decoder_stages=[0, 1]" in str(error.value)
@@ -265,7 +264,7 @@ def test_heads_that_fit_neither_of_the_ports_models_are_refused(checkpoint: dict
 
 def test_an_explicit_setting_that_loses_against_the_checkpoint_is_named_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     port = PortModel(FILM_MODEL, [0, 1])
-    host = loaded(port.checkpoint(), [("environment", {"VLM_FILM_DECODER_STAGES": [2], "VLM_FILM_COND_DIM": COND})])
+    host = loaded(port.checkpoint(), environ={"VLM_FILM_DECODER_STAGES": "2", "VLM_FILM_COND_DIM": str(COND)})
     assert [stage.index for stage in host.unet.vlm_film.architecture.stages] == [0, 1]
     lines = [line for line in capsys.readouterr().out.splitlines() if "is not used" in line]
     assert len(lines) == 1
@@ -279,18 +278,16 @@ def test_our_export_to_the_ports_layout_says_where_its_heads_act(capsys: pytest.
     assert "act post_block1 at stages [1, 2]" in capsys.readouterr().out
 
 
-def test_junction_gating_of_the_hyperparameters_is_a_default_where_the_record_knows_it_and_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_junction_gating_of_the_hyperparameters_is_a_default_and_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     block = {"enabled": True, "source": "pred", "radius_px": 3, "warmup_epochs": 0}
     checkpoint = PortModel(FILM_MODEL, None).checkpoint(junction_gating_config=block)
     facts = facts_of(checkpoint, "c")
     assert facts is not None
-    is_known = "junction_gating_config" in FIELDS
-    assert facts.gate == ({"junction_gating_config": block} if is_known else {})
+    assert facts.gate == {"junction_gating_config": block}
     loaded(checkpoint)
-    assert ("in force as the setting" if is_known else "not in force") in capsys.readouterr().out
-    if is_known:
-        settings = resolve_with(facts, [])
-        assert settings.is_explicit("junction_gating_config") and settings.as_dict()["junction_gating_config"]["radius_px"] == 3
-        assert resolve_with(facts, [("argument", {"junction_gating_config": None})]).as_dict()["junction_gating_config"] is None
+    assert "in force as the setting" in capsys.readouterr().out
+    settings = resolve_with(facts, {})
+    assert settings.is_explicit("junction_gating_config") and settings.as_dict()["junction_gating_config"]["radius_px"] == 3
+    assert resolve_with(facts, {}, arguments={"junction_gating_config": None}).as_dict()["junction_gating_config"] is None
     loaded(PortModel(FILM_MODEL, None).checkpoint())
     assert "junction" not in capsys.readouterr().out

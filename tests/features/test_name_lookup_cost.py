@@ -55,8 +55,8 @@ def test_a_warm_step_looks_its_rows_up_in_few_python_calls(tmp_path: Path) -> No
     def step(number: int) -> RunningBatch:
         return RunningBatch(HostBatch(batch, "train", (-1.0, 1.0), step=number), states, diagnostics, files)
 
-    step(1).open_context(film, x, None)
+    step(1).open_context(film, x, None, None)
     warm = step(2)
-    calls = python_calls(lambda: warm.open_context(film, x, None))
+    calls = python_calls(lambda: warm.open_context(film, x, None, None))
     assert states.of(film).provider.stats.mem_hit == 8
     assert sum(calls.values()) < MOST, calls.most_common(20)

@@ -40,8 +40,10 @@ def test_features_are_looked_up_once_a_batch_and_conditions_computed_once_in_eva
     assert torch.equal(outputs[0], outputs[2]) and states.of(handle.film).provider.stats.total == 2
     x = torch.zeros(2, 1, 8, 8)
     with torch.no_grad():
-        assert batch.open_context(handle.film, x, None) is batch.open_context(handle.film, x, None)
-    assert batch.open_context(handle.film, x, None) is not batch.open_context(handle.film, x, None), "a training forward has a context of its own"
+        assert batch.open_context(handle.film, x, None, None) is batch.open_context(handle.film, x, None, None)
+    assert batch.open_context(handle.film, x, None, None) is not batch.open_context(handle.film, x, None, None), (
+        "a training forward has a context of its own"
+    )
 
 
 def test_weights_that_change_inside_a_batch_are_noticed(tmp_path: Path) -> None:
@@ -66,14 +68,14 @@ def test_it_tells_its_own_images_from_others(tmp_path: Path) -> None:
 def test_shuffle_exchanges_the_rows_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     handle, states, diagnostics = parts(tmp_path, "shuffle")
     x = torch.zeros(2, 1, 8, 8)
-    shuffled = running(states, diagnostics).open_context(handle.film, x, None).features
+    shuffled = running(states, diagnostics).open_context(handle.film, x, None, None).features
     handle.film.mode = "on"
-    plain = running(states, diagnostics).open_context(handle.film, x, None).features
+    plain = running(states, diagnostics).open_context(handle.film, x, None, None).features
     assert shuffled is not None and plain is not None and torch.equal(shuffled, plain[[1, 0]])
     assert "[FILM-SHUFFLE] perm_first10=[1, 0]" in capsys.readouterr().out
 
 
 def test_mode_off_looks_nothing_up(tmp_path: Path) -> None:
     handle, states, diagnostics = parts(tmp_path / "cache", "off")
-    context = running(states, diagnostics).open_context(handle.film, torch.zeros(2, 1, 8, 8), None)
+    context = running(states, diagnostics).open_context(handle.film, torch.zeros(2, 1, 8, 8), None, None)
     assert context.features is None and not (tmp_path / "cache").exists()

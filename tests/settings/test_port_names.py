@@ -37,7 +37,7 @@ vlm_film_config:
   logits_include_unknown: false
   max_new_tokens: 11
   mem_cache_size: 33
-  prompt_templates: [first?, second?, third?]
+  prompt_templates: ['first?', 'second?', 'third?']
   input_mode: overlay
   overlay_alpha: 0.4
   pred_threshold: 0.6

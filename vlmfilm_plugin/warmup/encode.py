@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from vlmfilm_plugin.checkpoints.facts import resolve_with
 from vlmfilm_plugin.checkpoints.peek import peek
 from vlmfilm_plugin.errors import EncoderError, FeatureError, ImageReadError, UnsteadyEncoderError, VlmFilmError
 from vlmfilm_plugin.features.images import open_image
 from vlmfilm_plugin.features.provider import FeatureProvider, Sample
 from vlmfilm_plugin.features.store.protocol import SourceStamp
 from vlmfilm_plugin.settings.arguments import signature_with_settings
-from vlmfilm_plugin.settings.layers import layers_of, resolve
 from vlmfilm_plugin.settings.record import Settings
 from vlmfilm_plugin.warmup.image_list import Plan, read_plan, samples_of
 from vlmfilm_plugin.warmup.processes import Ranks, WarmupProgress, WarmupReport
@@ -105,7 +105,7 @@ def warm_up(
 
 
 def _settings(plan: Plan, given: Mapping[str, object]) -> Settings:
-    return resolve(layers_of(os.environ, recorded=peek(plan.resume), host=plan.settings, arguments=given))
+    return resolve_with(peek(plan.resume), os.environ, host=plan.settings, arguments=given)
 
 
 class _Warmup:

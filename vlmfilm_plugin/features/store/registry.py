@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from difflib import get_close_matches
-from importlib.metadata import entry_points
 
+from vlmfilm_plugin.entry_points import STORES as STORE_GROUP
+from vlmfilm_plugin.entry_points import installed
 from vlmfilm_plugin.errors import StoreError, VlmFilmError
 from vlmfilm_plugin.features.store.protocol import Store
 from vlmfilm_plugin.features.store.store import FeatureStore
 from vlmfilm_plugin.settings.record import Settings
-
-ENTRY_POINT_GROUP = "vlmfilm.stores"
 
 StoreFactory = Callable[[Settings], Store]
 
@@ -30,7 +29,7 @@ def open_store(settings: Settings) -> Store:
         StoreError: the name is unknown or claimed twice, or the store cannot be opened.
     """
     name = settings.store
-    added = {entry.value: entry for entry in entry_points(group=ENTRY_POINT_GROUP) if entry.name == name}
+    added = {entry.value: entry for entry in installed(STORE_GROUP, name)}
     if len(added) + (name in STORES) > 1:
         claims = ", ".join([*sorted(added), *(["vlmfilm-plugin"] if name in STORES else [])])
         raise StoreError(f"cannot open the feature store {name!r}: the name is claimed twice", {"found": claims}, "uninstall one of these packages")
@@ -39,7 +38,7 @@ def open_store(settings: Settings) -> Store:
     if added:
         (entry,) = added.values()
         return _open_added(name, entry.value, entry.load, settings)
-    known = sorted({*STORES, *(entry.name for entry in entry_points(group=ENTRY_POINT_GROUP))})
+    known = sorted({*STORES, *(entry.name for entry in installed(STORE_GROUP))})
     closest = get_close_matches(name, known, n=1)
     facts = {"store": f"{name!r}   (from {settings.origin('store')})", "known": ", ".join(known)}
     raise StoreError("cannot open the feature store: unknown name", facts, f"set `store` to {closest[0] if closest else known[0]!r}")
