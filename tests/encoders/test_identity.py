@@ -24,7 +24,8 @@ from vlmfilm_plugin.encoders import _folder_digest as digests
 from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.encoders.registry import build_encoder
 from vlmfilm_plugin.errors import EncoderError
-from vlmfilm_plugin.features.provider import FeatureProvider, Sample
+from vlmfilm_plugin.features.provider import FeatureProvider
+from vlmfilm_plugin.features.samples import Sample
 from vlmfilm_plugin.features.store.protocol import SourceStamp, StoredFeature
 from vlmfilm_plugin.features.store.store import FeatureStore
 from vlmfilm_plugin.settings.layers import resolve

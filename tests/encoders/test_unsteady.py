@@ -124,7 +124,7 @@ def test_every_family_passes(tmp_path: Path, dtype: str) -> None:
 
 def test_a_warm_up_stops_at_the_encoder_and_blames_no_image(tmp_path: Path) -> None:
     from vlmfilm_plugin.features.images import read_image
-    from vlmfilm_plugin.features.provider import Sample
+    from vlmfilm_plugin.features.samples import Sample
 
     samples = []
     for number, image in enumerate(IMAGES):

@@ -16,7 +16,8 @@ from processes import environment
 from small_unet import SmallUNet, inputs
 
 from vlmfilm_plugin import ConditionError, SettingsError, StoreError, attach
-from vlmfilm_plugin.features.provider import FeatureProvider, Sample
+from vlmfilm_plugin.features.provider import FeatureProvider
+from vlmfilm_plugin.features.samples import Sample
 from vlmfilm_plugin.features.shuffle import Shuffle
 from vlmfilm_plugin.features.shuffle_donor import DataSets, ShuffleDonors, split_prefix
 from vlmfilm_plugin.features.shuffle_pairs import PairsFile

@@ -27,7 +27,8 @@ from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
 from vlmfilm_plugin.entry_points import installed
 from vlmfilm_plugin.errors import EncoderError, HostError, SettingsError
-from vlmfilm_plugin.features.provider import FeatureProvider, Sample
+from vlmfilm_plugin.features.provider import FeatureProvider
+from vlmfilm_plugin.features.samples import Sample
 from vlmfilm_plugin.features.store.store import FeatureStore
 from vlmfilm_plugin.warmup import encode as warmup
 from vlmfilm_plugin.warmup import image_list

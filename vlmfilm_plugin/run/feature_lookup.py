@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from vlmfilm_plugin.errors import ConditionError
-from vlmfilm_plugin.features.provider import CacheStats, FeatureProvider, Sample
+from vlmfilm_plugin.features.provider import FeatureProvider
+from vlmfilm_plugin.features.samples import CacheStats, Sample
 from vlmfilm_plugin.run.batch_strategy import BatchStrategy
 
 if TYPE_CHECKING:

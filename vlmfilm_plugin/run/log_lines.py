@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vlmfilm_plugin.features.cache_key import split_in
-from vlmfilm_plugin.features.provider import CacheStats
+from vlmfilm_plugin.features.samples import CacheStats
 from vlmfilm_plugin.features.shuffle import permutation_hash
 from vlmfilm_plugin.film.statistics import statistics
 from vlmfilm_plugin.log import film_logger, is_rank_zero

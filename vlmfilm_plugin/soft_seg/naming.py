@@ -11,7 +11,7 @@ from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.features.batch_names import source_paths
 from vlmfilm_plugin.features.cache_key import CacheKeys, cache_keys, content_keys, content_named_key, split_in
 from vlmfilm_plugin.features.images import from_tensor, read_image
-from vlmfilm_plugin.features.provider import Sample
+from vlmfilm_plugin.features.samples import Sample
 from vlmfilm_plugin.features.store.protocol import SourceStamp
 
 

@@ -21,7 +21,8 @@ from vlmfilm_plugin.checkpoints.facts import resolve_with
 from vlmfilm_plugin.checkpoints.peek import peek
 from vlmfilm_plugin.errors import EncoderError, FeatureError, ImageReadError, UnsteadyEncoderError, VlmFilmError
 from vlmfilm_plugin.features.images import open_image
-from vlmfilm_plugin.features.provider import FeatureProvider, Sample
+from vlmfilm_plugin.features.provider import FeatureProvider
+from vlmfilm_plugin.features.samples import Sample
 from vlmfilm_plugin.features.store.protocol import SourceStamp
 from vlmfilm_plugin.settings.arguments import signature_with_settings
 from vlmfilm_plugin.settings.record import Settings

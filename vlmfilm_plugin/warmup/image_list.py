@@ -18,7 +18,7 @@ from vlmfilm_plugin.errors import HostError, SettingsError
 from vlmfilm_plugin.features.batch_names import RowNames
 from vlmfilm_plugin.features.cache_key import sample_keys
 from vlmfilm_plugin.features.images import read_image
-from vlmfilm_plugin.features.provider import Sample
+from vlmfilm_plugin.features.samples import Sample
 from vlmfilm_plugin.hosts.registry import AdapterRegistry
 from vlmfilm_plugin.settings.yaml_file import read_mapping
 
