@@ -80,6 +80,24 @@ class Watch:
 
 SCENARIOS = """
 @scenario
+def junction_warm_up():
+    os.environ["VLM_FILM_JUNCTION_GATING_CONFIG"] = '{"enabled": true, "warmup_epochs": 1}'
+    model, calls = build(start("on")), {}
+    doing = ["nothing"]
+    model.unet.base_unet.register_forward_pre_hook(lambda *_: calls.__setitem__(doing[0], calls.get(doing[0], 0) + 1))
+    class Say(L.Callback):
+        def on_train_batch_start(self, trainer, *_): doing[0] = f"train {trainer.current_epoch}"
+        def on_validation_batch_start(self, trainer, *_): doing[0] = f"sanity" if trainer.sanity_checking else f"val {trainer.current_epoch}"
+    fit = dict(num_sanity_val_steps=1, limit_train_batches=1, limit_val_batches=1)
+    trainer(2, Say(), **fit).fit(model, *loaders())
+    # A fresh trainer's epoch is 0, whatever the checkpoint was trained for.
+    for name in ("validate", "test"):
+        doing[0] = name
+        getattr(trainer(1, limit_val_batches=1, limit_test_batches=1), name)(model, loaders()[1], verbose=False)
+    assert calls["train 1"] == 2 * calls["train 0"], calls
+    assert calls["val 1"] == calls["validate"] == calls["test"] == 2 * calls["val 0"] == 2 * calls["sanity"], calls
+
+@scenario
 def sanity_and_limits():
     model, phases = build(start("on"), wake=False), []
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "vlm_film" in name}
@@ -394,6 +412,11 @@ def test_the_hosts_own_script_trains_with_ddp_in_two_processes(stand_in: StandIn
 @pytest.mark.parametrize("mode", ["on", "off", "shuffle"])
 def test_forked_ddp_from_an_activated_process_keeps_the_ranks_equal(verdicts: dict[str, str], mode: str) -> None:
     assert verdicts[f"forked_{mode}"] == "ok"
+
+
+def test_the_warm_up_of_a_gate_counts_epochs_of_a_fit_and_not_those_of_a_fresh_trainer(verdicts: dict[str, str]) -> None:
+    pytest.importorskip("skimage")
+    assert verdicts["junction_warm_up"] == "ok"
 
 
 def test_sanity_validation_comes_first_and_limits_hold(verdicts: dict[str, str]) -> None:

@@ -225,6 +225,8 @@ def test_the_stand_in_runs_a_configuration_of_the_port_and_says_what_had_no_effe
     lines = [line for line in output.splitlines() if "without effect" in line]
     assert len(lines) == 1 and "pred_warmup_epochs" in lines[0] and "use_logits_feature_cond" in lines[0]
     assert "[FILM-DBG]" in output
+    gates = [line for line in output.splitlines() if line.startswith("[VLM] spatial gate: ")]
+    assert len(gates) == 1 and "source=pred" in gates[0] and "made twice" in gates[0] and "before epoch 1 of a training" in gates[0]
     # Evaluation is told nothing: the gate is the checkpoint's.
     import torch
 

@@ -111,6 +111,21 @@ def gate_of(settings: Settings, view: GateView, stages: Sequence[Stage]) -> Spat
     return SpatialGate(checked, rule.interp, None if rule.apply_stages is None else frozenset(rule.apply_stages))
 
 
+def describe_gate(settings: Settings) -> str | None:
+    """Return the gate that the settings put in force and what it costs, for the log; None where there is none."""
+    if settings.gate_name != "vessel_junctions":
+        return settings.gate_name
+    rule = settings.junction_gating_config or JunctionGating(enabled=True)
+    values = " ".join(f"{name}={value}" for name, value in rule.as_dict().items() if name != "enabled" and value is not None)
+    cost = {
+        "pred": "every forward of the UNet is made twice",
+        "gt": "in evaluation FiLM acts everywhere",
+        "state": "no further forward is made",
+    }[rule.source]
+    warm_up = f"; before epoch {rule.warmup_epochs} of a training FiLM acts everywhere" if rule.warmup_epochs else ""
+    return f"vessel_junctions {values}: {cost}{warm_up}"
+
+
 def check_gate(gate: Tensor, x: Tensor) -> Tensor:
     """Return a gate on x's device, checked.
 

@@ -32,6 +32,7 @@ class HostBatch:
         phase: `train`, `val`, `test` or `predict`.
         value_range: (low, high) of the images.
         rows: which sample each row of a UNet forward belongs to.
+        is_fit: False where a trainer validates a checkpoint: its epoch counts from 0 and says nothing of the training.
     """
 
     content: Any
@@ -41,6 +42,7 @@ class HostBatch:
     step: int | None = None
     epoch: int | None = None
     batch_idx: int | None = None
+    is_fit: bool = True
 
 
 class RunningBatch:
@@ -95,7 +97,8 @@ class RunningBatch:
 
     def _gate(self, film: FilmModule, x: Tensor, image: Tensor | None, index: Tensor | None, masks: MaskReader) -> SpatialGate | None:
         given = self.given
-        view = GateView(x, image, given.content, given.phase, rows=index, samples=self.image.shape[0], epoch=given.epoch, masks=masks)
+        epoch, samples = given.epoch if given.is_fit else None, self.image.shape[0]
+        view = GateView(x, image, given.content, given.phase, rows=index, samples=samples, epoch=epoch, masks=masks)
         return gate_of(self._states.settings_of(film), view, film.architecture.stages)
 
     def _recorder(self, film: FilmModule) -> StageRecorder | None:

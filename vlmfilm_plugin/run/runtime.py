@@ -20,6 +20,7 @@ from vlmfilm_plugin.checkpoints.peek import peek
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
 from vlmfilm_plugin.features.shuffle_donor import DataSets
 from vlmfilm_plugin.film.freezing import freeze_host, keep_trainable, refuse_unfrozen
+from vlmfilm_plugin.film.gates import describe_gate
 from vlmfilm_plugin.film.module import ATTRIBUTE, film_modules
 from vlmfilm_plugin.forward import context as conditioning
 from vlmfilm_plugin.forward.attach import install
@@ -123,7 +124,8 @@ class Runtime:
             masks=spec.masks,
         )
         self.attached += 1
-        self._say_without_effect(settings)
+        self._say_once("settings without effect here", without_effect(settings))
+        self._say_once("spatial gate", describe_gate(settings))
         self.states.built(handle.film, settings)
         stages = ", ".join(f"{stage.index} ({stage.path}, {stage.channels})" for stage in handle.stages)
         film_logger().info(
@@ -136,11 +138,10 @@ class Runtime:
         )
         return handle
 
-    def _say_without_effect(self, settings: Settings) -> None:
-        line = without_effect(settings)
+    def _say_once(self, what: str, line: str | None) -> None:
         if line is not None and line not in self._said:
             self._said.add(line)
-            film_logger().info("[VLM] settings without effect here: %s", line)
+            film_logger().info("[VLM] %s: %s", what, line)
 
     def require_film(self, model: nn.Module, host: str) -> None:
         """Check that a host's model contains FiLM once it is built.
@@ -216,7 +217,7 @@ class Runtime:
             raise ConditionError(f"cannot publish a batch: unknown phase {phase!r}", {"expected": ", ".join(PHASES)}, "correct `phase`")
         if step is None:
             step = self._step_of(owner, phase)
-        given = HostBatch(batch, phase, value_range, rows, step, getattr(owner, "current_epoch", None), batch_idx)
+        given = HostBatch(batch, phase, value_range, rows, step, getattr(owner, "current_epoch", None), batch_idx, _is_fit(owner))
         running = RunningBatch(given, self.states, self.diagnostics, self.files)
         self.diagnostics.enter_phase(phase)
         with conditioning.in_force(running):
@@ -230,3 +231,11 @@ class Runtime:
         count = self._counted.get(owner, -1) + (phase == "train")
         self._counted[owner] = count
         return max(count, 0)
+
+
+def _is_fit(owner: Any) -> bool:
+    """Tell whether a step belongs to a training, its validation included; a host that does not say so trains."""
+    # The attribute behind Lightning's property, which raises where no trainer is attached.
+    trainer = getattr(owner, "_trainer", None)
+    doing = getattr(getattr(trainer, "state", None), "fn", None)
+    return doing is None or str(getattr(doing, "value", doing)) == "fit"
