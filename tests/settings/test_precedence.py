@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vlmfilm_plugin import attach, warmup_vlm_cache
+from vlmfilm_plugin import VLMConditioner, attach, warmup_vlm_cache
 from vlmfilm_plugin.settings.arguments import SettingsArguments
 from vlmfilm_plugin.settings.layers import ORDER, layers_of, resolve
 from vlmfilm_plugin.settings.record import ALIASES, FIELDS, PRESETS, Settings
@@ -106,6 +106,15 @@ def test_an_editor_sees_every_setting_of_a_function(function: Any) -> None:
     assert set(FIELDS) <= set(parameters)
     assert not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     assert parameters["cond_dim"].default == Settings().cond_dim and parameters["cond_dim"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_the_ports_conditioner_has_settings_and_their_defaults_for_arguments() -> None:
+    given = {name: parameter.default for name, parameter in inspect.signature(VLMConditioner).parameters.items()}
+    of_its_own = {"enabled", "value_range"}
+    assert set(given) - of_its_own <= set(FIELDS)
+    assert {name: value for name, value in given.items() if name not in of_its_own} == {
+        name: getattr(Settings(), name) for name in set(given) - of_its_own
+    }
 
 
 def test_a_type_checker_finds_a_misspelt_setting_and_a_wrong_value(tmp_path: Path) -> None:
