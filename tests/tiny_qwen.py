@@ -5,6 +5,8 @@ python tests/tiny_qwen.py FOLDER
 
 from __future__ import annotations
 
+import inspect
+import json
 import sys
 from pathlib import Path
 
@@ -41,7 +43,13 @@ def _tokenizer(folder: Path) -> Qwen2Tokenizer:
     # One token a byte and no merges: any text can be written, and nothing has to be trained.
     vocab = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     common = {"unk_token": END_OF_TEXT, "eos_token": END_OF_TURN, "pad_token": END_OF_TEXT, "additional_special_tokens": list(MARKS[1:])}
-    return Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=512, **common)
+    if "vocab_file" not in inspect.signature(Qwen2Tokenizer.__init__).parameters:
+        return Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=512, **common)
+    # transformers 4 reads files.
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    return Qwen2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=512, **common)
 
 
 def _config(vocab_size: int, ids: dict[str, int]) -> Qwen2_5_VLConfig:
@@ -70,8 +78,12 @@ def _config(vocab_size: int, ids: dict[str, int]) -> Qwen2_5_VLConfig:
         "fullatt_block_indexes": [1],
     }
     vision |= {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 56, "initializer_range": 0.2}
+    text |= {"eos_token_id": ids[END_OF_TURN], "pad_token_id": ids[END_OF_TEXT]}
+    # Before transformers 4.52 the language model's values stand beside `vision_config`.
+    is_nested = "text_config" in inspect.signature(Qwen2_5_VLConfig.__init__).parameters
+    flat = text | {"rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
     return Qwen2_5_VLConfig(
-        text_config=text | {"eos_token_id": ids[END_OF_TURN], "pad_token_id": ids[END_OF_TEXT]},
+        **({"text_config": text} if is_nested else flat),
         vision_config=vision,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],

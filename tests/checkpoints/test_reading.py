@@ -75,22 +75,19 @@ def test_what_is_no_plain_data_is_named_and_nothing_is_imported_for_it(thing: ob
 
 
 def test_the_plain_objects_of_real_checkpoints_are_read(tmp_path: Path) -> None:
-    from monai.data.meta_tensor import MetaTensor
-
-    # As Lightning keeps a best score whose loss came from MONAI's images.
-    score = MetaTensor(
-        torch.tensor(0.5), affine=torch.eye(4), meta={"spatial_shape": np.array([8, 8]), "filename_or_obj": "a.png", "n": np.float64(2)}
-    )
-    states = {"best_model_score": score, "best_k_models": {"a.ckpt": score}}
-    content = {
-        "callbacks": {"ModelCheckpoint{'monitor': 'val/dice'}": states},
-        "hyper_parameters": {"folder": tmp_path, "options": argparse.Namespace(seed=1), "widths": np.arange(3), "counts": defaultdict(dict)},
-    }
-    path = film_checkpoint(tmp_path / "film.ckpt", **content)
-    read = read_checkpoint(path)
-    assert float(read["callbacks"]["ModelCheckpoint{'monitor': 'val/dice'}"]["best_model_score"]) == 0.5
+    hyperparameters = {"folder": tmp_path, "options": argparse.Namespace(seed=1), "widths": np.arange(3), "counts": defaultdict(dict)}
+    read = read_checkpoint(film_checkpoint(tmp_path / "film.ckpt", hyper_parameters=hyperparameters))
     assert read["hyper_parameters"]["folder"] == tmp_path and read["hyper_parameters"]["options"].seed == 1
-    facts = peek(path)
+
+
+def test_a_score_that_lightning_keeps_of_monais_images_is_read(tmp_path: Path) -> None:
+    MetaTensor = pytest.importorskip("monai.data.meta_tensor").MetaTensor
+    meta = {"spatial_shape": np.array([8, 8]), "filename_or_obj": "a.png", "n": np.float64(2)}
+    score = MetaTensor(torch.tensor(0.5), affine=torch.eye(4), meta=meta)
+    states = {"best_model_score": score, "best_k_models": {"a.ckpt": score}}
+    read = read_checkpoint(film_checkpoint(tmp_path / "film.ckpt", callbacks={"ModelCheckpoint{'monitor': 'val/dice'}": states}))
+    assert float(read["callbacks"]["ModelCheckpoint{'monitor': 'val/dice'}"]["best_model_score"]) == 0.5
+    facts = peek(tmp_path / "film.ckpt")
     assert facts is not None and facts.architecture["decoder_stages"] == [1]
 
 

@@ -246,7 +246,7 @@ def test_a_frozen_host_keeps_every_weight_and_its_optimizer_holds_film_alone(sta
     import torch, yaml, lightning as L
     from src.runner.factory import known_arguments, model_class
     config = yaml.safe_load(open({str(stand_in.root / "frozen.yaml")!r}))
-    L.seed_everything(0, verbose=False)
+    L.seed_everything(0)
     cls = model_class(config["model"]["arch_name"])
     fresh = cls(**known_arguments(cls, config["model"])).state_dict()
     trained = torch.load({str(stand_in.checkpoint("frozen"))!r}, weights_only=False)["state_dict"]

@@ -31,7 +31,7 @@ def host(mode, seed=0, bs=2):
         vlmfilm_plugin.activate()
     from src.archs.flow_model import FlowModel
     from src.data.angio import AngioDataModule
-    L.seed_everything(seed, verbose=False)
+    L.seed_everything(seed)
     size = dict(image_size=16, patch_plan=[[16, 2]], timesteps=2, model_channels=8, channel_mult=[1, 2], attn_resolutions=[])
     model = FlowModel(arch_name="medsegdiff_flow", **size)
     return model, AngioDataModule(*(f"{DATA}/{split}" for split in ("train", "val", "test")), train_bs=bs)

@@ -13,6 +13,7 @@ from vlmfilm_plugin.settings.port_names import ACCEPTED
 from vlmfilm_plugin.settings.record import ALIASES
 
 PAGE = Path(vlmfilm_plugin.__file__).parent / "docs" / "from_the_port.md"
+README = Path(__file__).parents[2] / "README.md"
 FILES = [
     "src/archs/components/vlm_conditioner.py",
     "src/archs/components/vlm_film.py",
@@ -52,8 +53,8 @@ def test_every_option_is_a_setting_of_that_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(ENTRIES))
 def test_the_readme_shows_every_entry_of_junction_gating(name: str) -> None:
-    assert f"{name}: " in (PAGE.parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"{name}: " in README.read_text(encoding="utf-8")
 
 
 def test_the_readme_leads_to_the_page() -> None:
-    assert "vlmfilm_plugin/docs/from_the_port.md" in (PAGE.parents[2] / "README.md").read_text(encoding="utf-8")
+    assert "vlmfilm_plugin/docs/from_the_port.md" in README.read_text(encoding="utf-8")

@@ -29,7 +29,7 @@ class EvalRunner:
         )
         config = self._config(checkpoint_path)
         if config.get("seed") is not None:
-            L.seed_everything(int(config["seed"]), workers=True, verbose=False)
+            L.seed_everything(int(config["seed"]), workers=True)
         trainer = L.Trainer(
             accelerator=(config.get("trainer") or {}).get("accelerator", "cpu"),
             devices=1,
@@ -38,7 +38,7 @@ class EvalRunner:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        results = trainer.test(model, create_datamodule(self.dataset, config.get("data")), verbose=False)
+        results = trainer.test(model, create_datamodule(self.dataset, config.get("data")))
         metrics = {name.removeprefix("test/"): value for name, value in results[0].items()}
         self.output_dir.mkdir(parents=True, exist_ok=True)
         (self.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")

@@ -29,7 +29,7 @@ class TrainRunner:
 
     def run(self):
         if self.config.get("seed") is not None:
-            L.seed_everything(int(self.config["seed"]), workers=True, verbose=False)
+            L.seed_everything(int(self.config["seed"]), workers=True)
         self.output.mkdir(parents=True, exist_ok=True)
         (self.output / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False), encoding="utf-8")
         datamodule = create_datamodule(self.data_cfg["name"], self.data_cfg)
