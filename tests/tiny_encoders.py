@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from tiny_qwen import rope_of
 
 VISION: dict[str, Any] = {
     "hidden_size": 32,
@@ -20,7 +21,6 @@ VISION: dict[str, Any] = {
     "image_size": 32,
 }
 TEXT: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 99}
-ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 MARKS = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZE = {"height": 32, "width": 32}
@@ -98,7 +98,7 @@ def _gemma3() -> Any:
 
 
 def _qwen_text() -> dict[str, Any]:
-    return TEXT | {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2, "rope_parameters": ROPE} | ENDS
+    return TEXT | {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2} | rope_of([1, 1, 2]) | ENDS
 
 
 def _qwen2_vl() -> Any:

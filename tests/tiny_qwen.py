@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import pre_tokenizers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
@@ -52,9 +53,16 @@ def _tokenizer(folder: Path) -> Qwen2Tokenizer:
     return Qwen2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=512, **common)
 
 
+def rope_of(sections: list[int]) -> dict[str, object]:
+    """Return the rotary part of a text configuration, as the installed transformers names it."""
+    if int(transformers.__version__.split(".")[0]) < 5:
+        return {"rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": sections}}
+    return {"rope_parameters": {"rope_type": "default", "mrope_section": sections, "rope_theta": 10000.0}}
+
+
 def _config(vocab_size: int, ids: dict[str, int]) -> Qwen2_5_VLConfig:
     # Ten times the usual spread, so that what the tiny model writes does depend on the image.
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    rope = rope_of([1, 1, 2])
     text: dict[str, object] = {
         "vocab_size": vocab_size,
         "hidden_size": HIDDEN,
@@ -65,7 +73,7 @@ def _config(vocab_size: int, ids: dict[str, int]) -> Qwen2_5_VLConfig:
     text |= {
         "num_key_value_heads": 2,
         "max_position_embeddings": 1024,
-        "rope_parameters": rope,
+        **rope,
         "bos_token_id": ids[END_OF_TEXT],
         "initializer_range": 0.2,
     }
@@ -79,11 +87,8 @@ def _config(vocab_size: int, ids: dict[str, int]) -> Qwen2_5_VLConfig:
     }
     vision |= {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 56, "initializer_range": 0.2}
     text |= {"eos_token_id": ids[END_OF_TURN], "pad_token_id": ids[END_OF_TEXT]}
-    # Before transformers 4.52 the language model's values stand beside `vision_config`.
-    is_nested = "text_config" in inspect.signature(Qwen2_5_VLConfig.__init__).parameters
-    flat = text | {"rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
     return Qwen2_5_VLConfig(
-        **({"text_config": text} if is_nested else flat),
+        text_config=text,
         vision_config=vision,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
