@@ -9,11 +9,12 @@ import inspect
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from tokenizers import pre_tokenizers
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2TokenizerFast
 
 try:
     from transformers import Qwen2VLImageProcessorPil as ImageProcessor
@@ -40,7 +41,7 @@ def build(folder: str | Path, *, seed: int = 0, dtype: torch.dtype = torch.float
     return folder
 
 
-def _tokenizer(folder: Path) -> Qwen2Tokenizer:
+def _tokenizer(folder: Path) -> Any:
     # One token a byte and no merges: any text can be written, and nothing has to be trained.
     vocab = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     common = {"unk_token": END_OF_TEXT, "eos_token": END_OF_TURN, "pad_token": END_OF_TEXT, "additional_special_tokens": list(MARKS[1:])}
@@ -50,7 +51,7 @@ def _tokenizer(folder: Path) -> Qwen2Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    return Qwen2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=512, **common)
+    return Qwen2TokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=512, **common)
 
 
 def rope_of(sections: list[int]) -> dict[str, object]:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_unet import SmallUNet
+from transformers import AutoConfig
 
 from vlmfilm_plugin import CheckpointError, attach
 from vlmfilm_plugin.encoders import _folder_digest as digests
@@ -244,6 +245,8 @@ def test_code_of_a_model_folder_never_runs(models: dict[str, Path], tmp_path: Pa
 def test_attention_code_of_the_hub_is_refused_by_name(clip: Path) -> None:
     content = json.loads((clip / "config.json").read_text())
     (clip / "config.json").write_text(json.dumps(content | {"attn_implementation": "someone/attention"}))
+    if "/" not in str(AutoConfig.from_pretrained(clip)._attn_implementation):
+        pytest.skip("this version of transformers takes no attention from config.json")
     with pytest.raises(EncoderError, match="someone/attention"):
         encoder_of(clip)
 

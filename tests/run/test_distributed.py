@@ -322,10 +322,12 @@ def shuffle_draws_the_same_permutation_on_every_rank():
 """
 
 FSDP = """
-from torch.distributed.fsdp import MixedPrecisionPolicy
+try:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+except ImportError:  # torch 2.5
+    from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 def shard(handle, blocks):
     mesh = init_device_mesh("cpu", (SIZE,))
