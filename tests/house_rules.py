@@ -14,6 +14,7 @@ PACKAGE = "vlmfilm_plugin"
 FOLDERS = [
     "errors",
     "log",
+    "files",
     "entry_points",
     "host_spec",
     "settings",

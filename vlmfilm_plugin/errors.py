@@ -50,6 +50,10 @@ class VlmFilmError(RuntimeError):
         return type(self), (self.headline, self.facts, self.fix)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with one line that says what is stored and how to go on. No `VlmFilmError`: nothing is wrong."""
+
+
 class SettingsError(VlmFilmError):
     """A setting has an unknown name or a bad value, or `VLM_FILM_MODE` is not on, off or shuffle."""
 

@@ -17,27 +17,31 @@ from vlmfilm_plugin.checkpoints.facts import METADATA, TRAINED_STAGES
 from vlmfilm_plugin.checkpoints.reading import read_checkpoint
 from vlmfilm_plugin.checkpoints.soft_seg_layout import to_port_layout
 from vlmfilm_plugin.errors import CheckpointError
+from vlmfilm_plugin.files import new_file, refuse_to_replace
 from vlmfilm_plugin.film.architecture import read_description, read_extra_state
 from vlmfilm_plugin.film.module import MARKER
 
 _KEY = "vlmfilm"
 
 
-def export_adapter(checkpoint: str | Path, out: str | Path, layout: str = "own") -> list[str]:
+def export_adapter(checkpoint: str | Path, out: str | Path, layout: str = "own", *, force: bool = False) -> list[str]:
     """Write the FiLM weights of a checkpoint to a safetensors file.
 
     Args:
         checkpoint: a checkpoint with `state_dict`, or a bare state dict.
         layout: `own` keeps the names of this package, copies such as an EMA's included; `port` writes those of the soft-seg port.
+        force: replace `out` where it exists; the checkpoint itself is never replaced.
 
     Returns:
         The names written.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds no FiLM.
+        CheckpointError: the file cannot be read, or holds no FiLM; or `out` exists, or cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    what = "the FiLM weights"
+    refuse_to_replace(out, what, inputs=[checkpoint], force=force, error=CheckpointError)
     content = read_checkpoint(checkpoint)
     state = content.get("state_dict", content)
     film = {name: value for name, value in state.items() if MARKER in name}
@@ -49,31 +53,32 @@ def export_adapter(checkpoint: str | Path, out: str | Path, layout: str = "own")
         )
     metadata = _in_todays_terms(content.get(METADATA) or {"architecture": _architecture(film), "settings": {}, "mode": None}, checkpoint)
     tensors = to_port_layout(film) if layout == "port" else film
-    if not Path(out).parent.is_dir():
-        facts = {"found": f"no folder {Path(out).parent}", "expected": "a file in an existing folder"}
-        raise CheckpointError("cannot write the FiLM weights", facts, "make the folder, or give another path")
     # safetensors refuses views of shared memory, which a checkpoint of a tied copy may hold.
-    save_file(
-        {name: value.contiguous().clone() for name, value in tensors.items()},
-        str(out),
-        {_KEY: json.dumps(metadata), "layout": layout, "order": json.dumps(list(tensors))},
-    )
+    apart = {name: value.contiguous().clone() for name, value in tensors.items()}
+    data = save(apart, {_KEY: json.dumps(metadata), "layout": layout, "order": json.dumps(list(tensors))})
+    with new_file(out, what, inputs=[checkpoint], force=force, error=CheckpointError) as file:
+        file.write(data)
     return list(tensors)
 
 
-def apply_adapter(adapter: str | Path, checkpoint: str | Path, out: str | Path) -> list[str]:
+def apply_adapter(adapter: str | Path, checkpoint: str | Path, out: str | Path, *, force: bool = False) -> list[str]:
     """Write a copy of a checkpoint with the FiLM weights of such a file in place of its own, or where it had none.
 
     Optimizer state is left out of the copy: it belongs to other weights.
+
+    Args:
+        force: replace `out` where it exists; neither of the files that are read is ever replaced.
 
     Returns:
         The names put in.
 
     Raises:
-        CheckpointError: a file cannot be read, the weights are in the port's layout, or the checkpoint's UNet stands elsewhere.
+        CheckpointError: a file cannot be read, the weights are in the port's layout, or the checkpoint's UNet stands elsewhere; or `out`
+            exists, or cannot be written.
     """
     from safetensors import safe_open
 
+    refuse_to_replace(out, "the checkpoint", inputs=[adapter, checkpoint], force=force, error=CheckpointError)
     try:
         with safe_open(str(adapter), "pt") as file:
             metadata = file.metadata() or {}
@@ -89,12 +94,13 @@ def apply_adapter(adapter: str | Path, checkpoint: str | Path, out: str | Path) 
     state: Mapping[str, Any] = content if is_bare else content["state_dict"]
     merged = _merge(state, tensors, adapter, checkpoint)
     if is_bare:
-        torch.save(merged, out)
-        return list(tensors)
-    described = _in_todays_terms(json.loads(metadata[_KEY]), adapter)
-    content |= {"state_dict": merged, METADATA: described, TRAINED_STAGES: [stage["index"] for stage in described["architecture"]["stages"]]}
-    content.pop("optimizer_states", None)
-    torch.save(content, out)
+        content = merged
+    else:
+        described = _in_todays_terms(json.loads(metadata[_KEY]), adapter)
+        content |= {"state_dict": merged, METADATA: described, TRAINED_STAGES: [stage["index"] for stage in described["architecture"]["stages"]]}
+        content.pop("optimizer_states", None)
+    with new_file(out, "the checkpoint", inputs=[adapter, checkpoint], force=force, error=CheckpointError) as file:
+        torch.save(content, file)
     return list(tensors)
 
 

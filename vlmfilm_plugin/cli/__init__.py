@@ -1,15 +1,18 @@
-"""The command line, one command a file. Results go to stdout, everything else to stderr; an error exits 2 with its message."""
+"""The command line, one command a file. Results go to stdout, everything else to stderr; an error exits 2 with its message, Ctrl-C 130."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from vlmfilm_plugin import __version__
 from vlmfilm_plugin.cli import apply, cache, demo, doctor, export, run, warmup
-from vlmfilm_plugin.errors import VlmFilmError
+from vlmfilm_plugin.cli.run import INTERRUPTED_CODE
+from vlmfilm_plugin.errors import Interrupted, VlmFilmError
+from vlmfilm_plugin.log import is_rank_zero
 
 _COMMANDS = (run, warmup, cache, export, apply, doctor, demo)
 
@@ -32,6 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VlmFilmError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        # Whoever cannot wait for the end of this presses it again.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if is_rank_zero():
+            hint = next(command.INTERRUPTED for command in _COMMANDS if command.__name__.endswith(f".{parsed.command}"))
+            print(f"vlmfilm {parsed.command}: interrupted: {stop if isinstance(stop, Interrupted) else hint}", file=sys.stderr)
+        return INTERRUPTED_CODE
     except BrokenPipeError:
         # The reader (`| head`) has had enough; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vlmfilm_plugin.errors import CheckpointError
+INTERRUPTED = "no file was written"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -15,6 +15,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("weights", type=Path)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--output", type=Path, default=None, help="default: the checkpoint's name with -film in it")
+    parser.add_argument("--force", action="store_true", help="replace the output where it exists; never the weights or the checkpoint themselves")
     parser.set_defaults(run=run)
 
 
@@ -24,8 +25,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     source = arguments.checkpoint
     out = arguments.output or source.with_name(f"{source.stem}-film{source.suffix}")
-    if out.exists():
-        raise CheckpointError("cannot write the checkpoint: the file exists", {"file": out}, "give another `--output`")
-    names = apply_adapter(arguments.weights, source, out)
+    names = apply_adapter(arguments.weights, source, out, force=arguments.force)
     print(f"put {len(names)} tensors into a copy of {source.name} (without optimizer state): {out}")
     return 0

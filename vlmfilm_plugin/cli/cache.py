@@ -14,6 +14,8 @@ from typing import Any
 from vlmfilm_plugin.errors import StoreError
 from vlmfilm_plugin.settings.layers import layers_of, resolve
 
+INTERRUPTED = "the store is sound, and what was moved so far is there; the same command does the rest"
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the command and its actions to the parser."""
@@ -42,6 +44,7 @@ def add_parser(subparsers: Any) -> None:
     export = action("export", _export, "write the features of a namespace to a safetensors file")
     export.add_argument("file", metavar="FILE", help="the file to write")
     export.add_argument("--namespace", metavar="X", help="a fingerprint or its start; needed where the store holds several")
+    export.add_argument("--force", action="store_true", help="replace the file where it exists; never the store itself")
     importing = action("import", _import, "take the features of an exported file; of two with one key the newer stays")
     importing.add_argument("file", metavar="FILE", help="a file that `export` wrote")
     show = action("show", _show, "print what is stored under a key: facts, stamp, note, norm; exit code 1 where nothing is")
@@ -125,7 +128,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
     with opened(_cache_dir(arguments)) as file:
         space = select(stats(file), arguments.namespace or "")
-        count = export(file, space, arguments.file)
+        count = export(file, space, arguments.file, force=arguments.force)
     facts = {"file": str(Path(arguments.file)), "namespace": space.fingerprint, "features": count}
     _say(arguments, facts, f"{arguments.file}: {count} features of {space.fingerprint}")
     return 0

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 
+INTERRUPTED = "run it again"
 _NEEDS = ("torch", "lightning", "numpy", "PIL", "yaml")
 
 
@@ -15,7 +16,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command `demo` and return its parser."""
     help_text = "train a small host with and without FiLM and print the on / off / shuffle table"
     parser = subparsers.add_parser("demo", help=help_text, description=__doc__)
-    parser.add_argument("--folder", default="vlmfilm-demo", help="where everything goes; absent or empty (default: ./%(default)s)")
+    parser.add_argument(
+        "--folder", default="vlmfilm-demo", help="where everything goes; absent or empty, or of an interrupted demo (default: ./%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the dataset and of both trainings (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a smoke run of a few steps; its scores mean nothing")
     parser.add_argument("--json", action="store_true", help="print the result as JSON; progress goes to stderr")
@@ -29,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         print(f"vlmfilm demo needs {', '.join(missing)}: pip install 'vlmfilm-plugin[demo]'", file=sys.stderr)
         return 1
-    from vlmfilm_plugin.demo.run import DemoError, run_demo
+    from vlmfilm_plugin.demo.folder import DemoError
+    from vlmfilm_plugin.demo.run import run_demo
 
     start = time.monotonic()
 

@@ -16,6 +16,7 @@ from vlmfilm_plugin.settings.layers import layers_of, resolve
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE, read_mode
 from vlmfilm_plugin.settings.port_names import without_effect
 
+INTERRUPTED = "run it again"
 _PACKAGES = ("torch", "transformers", "accelerate", "wrapt", "pluggy")
 
 

@@ -10,11 +10,12 @@ from vlmfilm_plugin.errors import SettingsError
 from vlmfilm_plugin.log import is_rank_zero
 from vlmfilm_plugin.settings.yaml_file import BadYaml, loads
 
+INTERRUPTED = "what was encoded is stored; the same command goes on from there"
 _SPLITS = "train,val,test"
 _EPILOG = """\
 Several GPUs or machines: torchrun --nproc-per-node 4 -m vlmfilm_plugin warmup --config X.yaml (or `accelerate launch -m ...`).
 Every setting is a variable VLM_FILM_<NAME>, or --set NAME=VALUE. Stop it at any time: the next run goes on where it was.
-Exit code: 0, 1 where an image failed (the others are stored), 2 for an error."""
+Exit code: 0, 1 where an image failed (the others are stored), 2 for an error, 130 after Ctrl-C."""
 
 
 def add_parser(subparsers: Any) -> None:

@@ -20,7 +20,9 @@ from typing import Any
 import yaml
 
 from vlmfilm_plugin.demo.dataset import make_dataset
-from vlmfilm_plugin.errors import VlmFilmError
+from vlmfilm_plugin.demo.folder import DemoError, demo_folder
+from vlmfilm_plugin.errors import Interrupted
+from vlmfilm_plugin.files import cannot_write
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE, PREFIX
 from vlmfilm_plugin.settings.yaml_file import loads
 
@@ -33,10 +35,6 @@ _QUICK_STEPS = 20
 _LOG_TAIL = 20
 
 Say = Callable[[str], None]
-
-
-class DemoError(VlmFilmError):
-    """A step of the demo failed, or its folder is in use."""
 
 
 @dataclass(frozen=True)
@@ -75,24 +73,32 @@ def run_demo(folder: str | Path, *, seed: int = 0, steps: int | None = None, qui
     """Make a dataset and a copy of the host under `folder`, train plainly and with FiLM, and evaluate.
 
     Args:
-        folder: absent or empty.
+        folder: absent or empty, or that of a demo that was interrupted or failed, which starts over.
         seed: of the dataset, of both trainings and of the evaluations.
         steps: training steps of each run; default: enough to learn the task.
         quick: a smoke run of a few steps whose scores mean nothing.
         say: takes each line of progress.
 
     Raises:
-        DemoError: the folder is not empty, a script failed (with the end of its log), or the host's files changed.
+        DemoError: the folder holds something else or cannot be written, a script failed (with the end of its log), or the host's files changed.
+        Interrupted: Ctrl-C; the next demo in the folder starts over.
     """
-    root = Path(folder).resolve()
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        facts = {"folder": root, "expected": "an empty or absent folder"}
-        raise DemoError("cannot run the demo: its folder is in use", facts, "give another `--folder`")
-    steps = steps or (_QUICK_STEPS if quick else _STEPS)
-    run = _Run(root, say)
+    try:
+        with demo_folder(folder) as (root, lock):
+            return _run(_Run(root, lock, say), seed, steps or (_QUICK_STEPS if quick else _STEPS), quick)
+    except BrokenPipeError:
+        raise  # of whoever reads what `say` prints
+    except OSError as error:
+        raise cannot_write(folder, "the demo's files", error, DemoError) from error
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"what there is lies in {folder}; the same command starts over there") from stop
+
+
+def _run(run: _Run, seed: int, steps: int, quick: bool) -> DemoResult:
+    root = run.root
     _prepare(root, seed, steps, quick)
     before = digest(root / "host")
-    say(f"dataset and host copy: {root}")
+    run.say(f"dataset and host copy: {root}")
     scores: dict[str, Score] = {}
     run.train("plain", None)
     scores["plain"] = run.evaluate("plain", "plain", None)
@@ -104,7 +110,7 @@ def run_demo(folder: str | Path, *, seed: int = 0, steps: int | None = None, qui
         scores[mode] = run.evaluate(mode, "film", mode)
     if digest(root / "host") != before:
         raise DemoError("the host's files changed during the demo", {"host": root / "host"}, "report this")
-    say(f"host unmodified: its files have the digest {before[:16]} before and after")
+    run.say(f"host unmodified: its files have the digest {before[:16]} before and after")
     return DemoResult(root, scores, run.seconds, before)
 
 
@@ -142,10 +148,11 @@ def _prepare(root: Path, seed: int, steps: int, quick: bool) -> None:
 class _Run:
     """The subprocesses of one demo, with their logs and times."""
 
-    def __init__(self, root: Path, say: Say) -> None:
+    def __init__(self, root: Path, lock: int, say: Say) -> None:
         self.root = root
         self.say = say
         self.seconds: dict[str, float] = {}
+        self._lock = lock
         (root / "logs").mkdir(parents=True)
 
     def train(self, name: str, mode: str | None) -> None:
@@ -173,8 +180,9 @@ class _Run:
         command = [sys.executable, f"scripts/{arguments[0]}", *map(str, arguments[1:])]
         self.say(f"{step:<17} {MODE_VARIABLE}={mode or '(unset)'} ...")
         start = time.monotonic()
-        with log.open("w", encoding="utf-8") as stream:
-            done = subprocess.run(command, cwd=self.root / "host", env=self._environment(mode), stdout=stream, stderr=subprocess.STDOUT, check=False)
+        cwd, env = self.root / "host", self._environment(mode)
+        with log.open("w", encoding="utf-8") as out:
+            done = subprocess.run(command, cwd=cwd, env=env, pass_fds=[self._lock], stdout=out, stderr=subprocess.STDOUT, check=False)
         self.seconds[step] = round(time.monotonic() - start, 1)
         if done.returncode != 0:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL:]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from vlmfilm_plugin.errors import EncoderError
+from vlmfilm_plugin.files import new_file
 
 MEMORY = "model_digests.json"
 _BLOCK = 8 << 20
@@ -117,9 +118,7 @@ def _write(memory: Path, content: dict[str, str]) -> None:
     """Replace the file in one go; where that cannot be done the digests are computed again next time, nothing else."""
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=memory.parent, prefix=MEMORY)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-        os.replace(name, memory)
-    except OSError as error:
+        with new_file(memory, "the digests of model files", force=True, error=EncoderError) as file:
+            file.write(json.dumps(content).encode())
+    except (OSError, EncoderError) as error:
         _logger.info("the digests of model files are not kept: %s", error)

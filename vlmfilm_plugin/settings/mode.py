@@ -16,6 +16,9 @@ CONFIG_VARIABLE = "VLM_FILM_CONFIG"
 
 PREFIX = "VLM_FILM_"
 
+AUTOLOAD_VARIABLE = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+"""torch's own: whether it calls entry points, and with them this package."""
+
 NOT_SETTINGS = frozenset({MODE_VARIABLE, CONFIG_VARIABLE})
 
 
@@ -34,6 +37,11 @@ def read_mode(environ: Mapping[str, str] | None = None) -> str | None:
         {"found": repr(value), "expected": "on, off or shuffle"},
         f"set {MODE_VARIABLE}={closest[0]}" if closest else f"unset {MODE_VARIABLE}, or set it to one of these",
     )
+
+
+def is_autoload_on(environ: Mapping[str, str]) -> bool:
+    """Tell whether torch calls its entry points; as torch reads it, anything but 1 is off."""
+    return environ.get(AUTOLOAD_VARIABLE, "1") == "1"
 
 
 def refuse_changed_mode(expected: str | None) -> None:

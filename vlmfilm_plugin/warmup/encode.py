@@ -19,7 +19,7 @@ from PIL import Image
 
 from vlmfilm_plugin.checkpoints.facts import resolve_with
 from vlmfilm_plugin.checkpoints.peek import peek
-from vlmfilm_plugin.errors import EncoderError, FeatureError, ImageReadError, UnsteadyEncoderError, VlmFilmError
+from vlmfilm_plugin.errors import EncoderError, FeatureError, ImageReadError, Interrupted, UnsteadyEncoderError, VlmFilmError
 from vlmfilm_plugin.features.images import open_image
 from vlmfilm_plugin.features.provider import FeatureProvider
 from vlmfilm_plugin.features.samples import Sample
@@ -61,6 +61,7 @@ def warmup_vlm_cache(
 
     Raises:
         SettingsError, HostError: the source cannot be listed, or a setting is wrong.
+        Interrupted: Ctrl-C; what was encoded is stored.
         EncoderError: the encoder cannot be loaded. StoreError: the store cannot be written.
     """
     return warm_up(config, splits, dict(settings), show_progress=show_progress)
@@ -101,8 +102,18 @@ def warm_up(
     features.check_range(sample.path for sample in samples)
     mine = ranks.share(samples)
     with closing(features.store), WarmupProgress(ranks, len(mine), show_progress) as progress:
-        report = _Warmup(features, batch_size, readers or min(8, os.cpu_count() or 1), progress).run(mine)
+        warmup = _Warmup(features, batch_size, readers or min(8, os.cpu_count() or 1), progress)
+        try:
+            report = warmup.run(mine)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(_stored(warmup.report, ranks)) from stop
     return report.merged(ranks.others(report))
+
+
+def _stored(report: WarmupReport, ranks: Ranks) -> str:
+    share = "" if ranks.count == 1 else f" of the share of process {ranks.index} of {ranks.count}"
+    stored = f"{report.hits + report.encoded} of {report.total} images{share} are stored in {', '.join(report.stores)}"
+    return f"{stored}; the same command goes on from there"
 
 
 def _settings(plan: Plan, given: Mapping[str, object]) -> Settings:
@@ -115,12 +126,12 @@ class _Warmup:
     def __init__(self, provider: FeatureProvider, batch_size: int, readers: int, progress: WarmupProgress) -> None:
         self._provider, self._batch_size, self._progress = provider, batch_size, progress
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="vlmfilm-read")
-        self._report = WarmupReport(stores=[str(provider.store.path)])
+        self.report = WarmupReport(stores=[str(provider.store.path)])
 
     def run(self, samples: Sequence[Sample]) -> WarmupReport:
         """Encode what is missing: while a group is encoded, the next one is read."""
         start = time.monotonic()
-        self._report.total = len(samples)
+        self.report.total = len(samples)
         ahead: list[Future[Read]] = []
         try:
             # `read_image` sets warning filters for a moment, and threads may leave each other's behind.
@@ -132,8 +143,8 @@ class _Warmup:
                 self._finish(ahead)
         finally:
             self._pool.shutdown(cancel_futures=True)
-        self._report.seconds = time.monotonic() - start
-        return self._report
+        self.report.seconds = time.monotonic() - start
+        return self.report
 
     def _groups(self, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
         """Yield missing samples, bounded by images and by bytes."""
@@ -163,7 +174,7 @@ class _Warmup:
                     facts = {"file": sample.path, "expected": "an image file"}
                     self._fail(sample, ImageReadError(f"cannot read image {sample.path}", facts, "correct the path, or restore the file"))
             found = self._provider.find(part)
-            self._report.hits += len(found)
+            self.report.hits += len(found)
             self._progress.add(hits=len(found))
             yield from (sample for sample in part if sample.image not in found)
 
@@ -184,7 +195,7 @@ class _Warmup:
             self._provider.encode([sample for sample, _, _ in read], [stamp for _, stamp, _ in read], [picture for _, _, picture in read])
         except (EncoderError, FeatureError) as error:
             if isinstance(error, UnsteadyEncoderError) or (
-                isinstance(error, EncoderError) and not self._provider.encoder.is_loaded and not self._report.encoded
+                isinstance(error, EncoderError) and not self._provider.encoder.is_loaded and not self.report.encoded
             ):
                 raise  # no image is to blame: the encoder itself cannot be loaded, or used
             if len(read) == 1:
@@ -194,7 +205,7 @@ class _Warmup:
             self._encode(read[:middle])
             self._encode(read[middle:])
             return
-        self._report.encoded += len(read)
+        self.report.encoded += len(read)
         self._progress.add(encoded=len(read))
 
     def _fail(self, sample: Sample, error: Exception) -> None:
@@ -202,7 +213,7 @@ class _Warmup:
         if isinstance(error, VlmFilmError):
             facts = [f"{label} {value}" for label, value in error.facts.items() if label != "file"]
             said = " ".join("; ".join([error.headline, *facts, *([error.fix] if error.fix else [])]).split())
-        self._report.failures.append((str(sample.path), f"{type(error).__name__}: {said}"))
+        self.report.failures.append((str(sample.path), f"{type(error).__name__}: {said}"))
         self._progress.add(failed=1)
 
 

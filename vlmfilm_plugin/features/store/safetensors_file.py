@@ -6,6 +6,7 @@ Tensors: `features` (N, F), float16 or float32, and `rows`, UTF-8 JSON with one 
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from pathlib import Path
@@ -17,19 +18,24 @@ from vlmfilm_plugin.errors import StoreError
 from vlmfilm_plugin.features.store.admin import ROWS, Merged, Namespace, put, rows_of
 from vlmfilm_plugin.features.store.rows import Row, checksum, decode, is_facts_of, key_to_bytes, key_to_text
 from vlmfilm_plugin.features.store.sqlite_file import StoreFile
+from vlmfilm_plugin.files import new_file, refuse_to_replace
 
 FORMAT = "vlmfilm-features-1"
 
 
-def export(file: StoreFile, space: Namespace, path: str | os.PathLike[str]) -> int:
-    """Write the sound features of a namespace to a safetensors file, replaced at once; return their number. All are in memory meanwhile.
+def export(file: StoreFile, space: Namespace, path: str | os.PathLike[str], *, force: bool = False) -> int:
+    """Write the sound features of a namespace to a safetensors file; return their number. All are in memory meanwhile.
+
+    Args:
+        force: replace the file where it exists; never the store itself.
 
     Raises:
-        StoreError: there are none, or the file cannot be written.
+        StoreError: there are none, or the file exists, or cannot be written.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    target = Path(path)
+    what, store = "features", list(file.path.parent.glob(f"{glob.escape(file.path.name)}*"))
+    refuse_to_replace(path, what, inputs=store, force=force, error=StoreError)
     with file.use("read") as connection:
         facts, stored = rows_of(connection, space.fingerprint)
         rows = [(row, feature) for row in stored if (feature := decode(row)) is not None]
@@ -39,13 +45,9 @@ def export(file: StoreFile, space: Namespace, path: str | os.PathLike[str]) -> i
     features = np.stack([feature for _, feature in rows]).astype(dtype)
     described = [_describe(row, feature.tobytes()) for (row, _), feature in zip(rows, features, strict=True)]
     tensors = {"features": features, "rows": np.frombuffer(json.dumps(described).encode(), dtype=np.uint8)}
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, str(partial), metadata={"format": FORMAT, "fingerprint": space.fingerprint, "facts": facts})
-        partial.replace(target)
-    except Exception as error:  # safetensors has errors of its own for a disk that is full or a folder that is missing
-        partial.unlink(missing_ok=True)
-        raise StoreError("cannot export features", {"file": target, "error": " ".join(str(error).split())}, "choose a file you can write") from error
+    data = save(tensors, metadata={"format": FORMAT, "fingerprint": space.fingerprint, "facts": facts})
+    with new_file(path, what, inputs=store, force=force, error=StoreError) as exported:
+        exported.write(data)
     return len(rows)
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlmfilm_plugin.errors import StoreError
+from vlmfilm_plugin.files import touch
 
 FILE_NAME = "features.sqlite"
 
@@ -92,6 +93,8 @@ class StoreFile:
         self._connections: dict[tuple[int, int], sqlite3.Connection] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            # SQLite's own new file would not be writable for the group, whatever the umask says.
+            touch(path)
         except OSError as error:
             facts = {"folder": path.parent, "system said": error.strerror or str(error), "expected": "a folder that can be written"}
             raise StoreError("cannot make the folder of the feature store", facts, "set `cache_dir` to a folder you can write") from error
