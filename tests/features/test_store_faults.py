@@ -61,10 +61,19 @@ def child(work: Callable[..., None], *arguments: object) -> Iterator[tuple[Any, 
         here.close()
 
 
-def kill_after(process: Any, reports: Any, delay: float) -> list[Any]:
-    """Wait for the first report, then `delay` seconds; kill -9; return every report that was sent."""
-    said = [reports.recv()]
-    time.sleep(delay)
+def kill_after(process: Any, reports: Any, moments: random.Random) -> list[Any]:
+    """Wait for a few reports, then for a part of the time that lay between two; kill -9; return every report that was sent.
+
+    So the moment falls anywhere in the work, however fast the machine is.
+    """
+    said, came = [reports.recv()], [time.monotonic()]
+    for _ in range(moments.randrange(1, 5)):
+        try:
+            said.append(reports.recv())
+        except EOFError:  # it has done all it had to
+            return said
+        came.append(time.monotonic())
+    time.sleep(moments.uniform(0, 1.5) * (came[-1] - came[0]) / (len(came) - 1))
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     try:
@@ -88,7 +97,7 @@ def test_a_training_killed_at_random_moments_loses_nothing_that_was_committed(tm
     committed: list[str] = []
     for run in range(KILLS):
         with child(write_as_training_does, str(tmp_path), run) as (process, reports):
-            said = kill_after(process, reports, moments.uniform(0, 0.3))
+            said = kill_after(process, reports, moments)
         committed += [key for keys in said for key in keys]
         with FeatureStore(tmp_path) as store:
             assert set(committed) <= set(store.keys(IDENTITY))
@@ -121,7 +130,7 @@ def test_a_warm_up_killed_at_random_moments_loses_one_batch_and_goes_on(tmp_path
     identity, stored = DescriptorEncoder().identity, 0
     for _ in range(KILLS):
         with child(warm_up_and_report, str(images), str(folder)) as (process, reports):
-            said = kill_after(process, reports, moments.uniform(0, 0.25))
+            said = kill_after(process, reports, moments)
         with FeatureStore(folder) as store:
             now = store.count(identity)
         assert now - stored >= sum(said[:-1]), "more than the batch in hand was lost"
