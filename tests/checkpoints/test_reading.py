@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from small_unet import SmallUNet
+from torch.optim.swa_utils import SWALR
 
 from vlmfilm_plugin import CheckpointError, attach, export_adapter
 from vlmfilm_plugin.checkpoints.metadata import write_metadata
@@ -78,6 +79,19 @@ def test_the_plain_objects_of_real_checkpoints_are_read(tmp_path: Path) -> None:
     hyperparameters = {"folder": tmp_path, "options": argparse.Namespace(seed=1), "widths": np.arange(3), "counts": defaultdict(dict)}
     read = read_checkpoint(film_checkpoint(tmp_path / "film.ckpt", hyper_parameters=hyperparameters))
     assert read["hyper_parameters"]["folder"] == tmp_path and read["hyper_parameters"]["options"].seed == 1
+
+
+@pytest.mark.parametrize("name", ["_cosine_anneal", "_linear_anneal"])
+def test_the_annealing_that_weight_averaging_records_with_an_older_torch_is_read(name: str, tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "callbacks": {"anneal_func": Sneaky(getattr, SWALR, name)}}, tmp_path / "c.ckpt")
+    assert read_checkpoint(tmp_path / "c.ckpt")["callbacks"]["anneal_func"] is getattr(SWALR, name)
+
+
+@pytest.mark.parametrize("asked", [(SWALR, "__init__"), (torch.nn.Linear, "_cosine_anneal"), ({}, "pop")], ids=["init", "another class", "a mapping"])
+def test_nothing_else_is_got_by_name(asked: tuple[Any, str], tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "callbacks": Sneaky(getattr, *asked)}, tmp_path / "c.ckpt")
+    with pytest.raises(CheckpointError, match="without running code"):
+        read_checkpoint(tmp_path / "c.ckpt")
 
 
 def test_a_score_that_lightning_keeps_of_monais_images_is_read(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ _OMEGACONF += [f"nodes.{kind}Node" for kind in ("Any", "Boolean", "Bytes", "Floa
 _PYTHON = [f"pathlib{part}.{name}" for part in ("", "._local") for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")]
 _PYTHON += ["argparse.Namespace", "types.SimpleNamespace", "collections.defaultdict", "typing.Any"]
 _PYTHON += [f"builtins.{name}" for name in ("dict", "list", "tuple", "int", "float", "str", "bool")]
-SAFE = frozenset([*_NUMPY, *_MONAI, *(f"omegaconf.{name}" for name in _OMEGACONF), *_PYTHON])
+# How Lightning's weight averaging with an older torch names its annealing; `_annealing` stands for `getattr`.
+_ANNEALING = {"_cosine_anneal", "_linear_anneal"}
+_AVERAGING = ["torch.optim.swa_utils.SWALR", "builtins.getattr"]
+SAFE = frozenset([*_NUMPY, *_MONAI, *(f"omegaconf.{name}" for name in _OMEGACONF), *_PYTHON, *_AVERAGING])
 
 
 def read_checkpoint(path: str | Path) -> Mapping[Any, Any]:
@@ -68,18 +72,26 @@ def _safe_objects(path: str | Path) -> list[Any]:
     except Exception as error:
         raise _unreadable(path, error) from error
     if foreign := sorted(set(needed) - SAFE):
-        raise CheckpointError(
-            "cannot read the checkpoint without running code of its own",
-            {"file": path, "found": f"objects of {', '.join(foreign)}", "expected": "tensors and plain data"},
-            "save it without these objects",
-        )
+        raise _foreign(path, foreign)
     try:
         return [(_object(name), name) for name in needed] + _numpy_dtypes()
     except (ImportError, AttributeError) as error:
         raise _unreadable(path, error) from error
 
 
+def _annealing(owner: Any, name: str) -> Any:
+    if getattr(owner, "__qualname__", None) != "SWALR" or name not in _ANNEALING:
+        raise pickle.UnpicklingError("WeightsUnpickler error: Unsupported global: GLOBAL builtins.getattr")
+    return getattr(owner, name)
+
+
+# Under the name that a file asks for; torch 2.5 knows safe objects by their own names alone.
+_annealing.__module__, _annealing.__qualname__, _annealing.__name__ = "builtins", "getattr", "getattr"
+
+
 def _object(name: str) -> Any:
+    if name == "builtins.getattr":
+        return _annealing
     module, _, attribute = name.rpartition(".")
     return getattr(importlib.import_module(module), attribute)
 
@@ -93,4 +105,14 @@ def _numpy_dtypes() -> list[Any]:
 def _unreadable(path: str | Path, error: Exception) -> CheckpointError:
     # torch's own advice, in front of what it found, is to run the file's code.
     said = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())[:300]
+    if named := re.search(r"Unsupported (?:global: GLOBAL|class|function) (\S+)", said):
+        return _foreign(path, [named.group(1)])
     return CheckpointError("cannot read the checkpoint", {"file": path, "error": said}, "give a file that torch.save wrote")
+
+
+def _foreign(path: str | Path, names: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        "cannot read the checkpoint without running code of its own",
+        {"file": path, "found": f"objects of {', '.join(names)}", "expected": "tensors and plain data"},
+        "save it without these objects",
+    )
