@@ -270,6 +270,9 @@ def test_importing_it_imports_no_torch() -> None:
 @pytest.mark.parametrize("name", ["stack.tif", "stack.gif", "stack.png", "stack.webp", "stack.mpo", "stack.jpg"])
 def test_a_file_of_several_images_is_refused_and_one_of_one_is_read(tmp_path: Path, name: str) -> None:
     slices = [Image.fromarray(np.full((32, 32, 3), value, dtype=np.uint8)) for value in (10, 120, 240)]
+    Image.init()
+    if name in ("stack.mpo", "stack.jpg") and "MPO" not in Image.SAVE_ALL:
+        pytest.skip("this version of PIL writes no file of several photographs")
     kind = {"stack.jpg": "MPO"}.get(name)  # a camera's file of several images is called .jpg, too
     path = _saved(slices[0], tmp_path / name, save_all=True, append_images=slices[1:], **({"format": kind} if kind else {}))
     with pytest.raises(ImageReadError, match="several images") as caught:

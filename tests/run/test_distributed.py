@@ -322,10 +322,7 @@ def shuffle_draws_the_same_permutation_on_every_rank():
 """
 
 FSDP = """
-try:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-except ImportError:  # torch 2.5
-    from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -460,6 +457,8 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def fsdp(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    if torch.__version__.startswith("2.5."):
+        pytest.skip("FSDP2 of torch 2.5 needs a GPU")
     return run(tmp_path_factory.mktemp("fsdp"), FSDP)
 
 
