@@ -326,7 +326,15 @@ def test_warning_filters_are_left_as_they_were(tmp_path: Path) -> None:
 
 def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vlmfilm_plugin", "warmup", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    process = subprocess.Popen(command, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        stdout, stderr = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        # Told to stop, the launcher ends its processes; killed, it would leave them behind.
+        process.terminate()
+        process.communicate(timeout=60)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
 def test_two_processes_share_the_work_and_one_file_and_a_bad_image_stops_neither(tmp_path: Path) -> None:
@@ -338,6 +346,11 @@ def test_two_processes_share_the_work_and_one_file_and_a_bad_image_stops_neither
     assert (report["total"], report["encoded"], report["failed"]) == (60, 59, 1)
     assert "warmup rank 0/2" in done.stderr and "warmup rank 1/2" in done.stderr
     assert len(keys_in(tmp_path / "cache")) == 59
+
+
+def test_a_report_is_the_same_after_it_was_sent() -> None:
+    report = warmup.WarmupReport(3, 1, 1, [("odd \udcff \n.png", 'said "no"')], 1.5, ["a/features.sqlite"])
+    assert warmup.WarmupReport.from_json(json.dumps(vars(report)).encode()) == report
 
 
 def test_shard_files_are_merged_into_one(tmp_path: Path) -> None:

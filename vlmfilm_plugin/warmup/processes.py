@@ -5,6 +5,7 @@ Owns accelerate's process state and tqdm; both are imported only where they are 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,12 @@ class WarmupReport:
         """Return the report as plain values."""
         failures = [{"path": path, "error": error} for path, error in self.failures]
         return {**vars(self), "failures": failures, "failed": len(failures)}
+
+    @classmethod
+    def from_json(cls, text: bytes) -> WarmupReport:
+        """Return the report whose fields `text` holds."""
+        values = json.loads(text)
+        return cls(**{**values, "failures": [(path, error) for path, error in values["failures"]]})
 
     def merged(self, others: Sequence[WarmupReport]) -> WarmupReport:
         """Return the sum of this and other ranks' reports; they ran at the same time."""
@@ -79,23 +86,42 @@ class Ranks:
 
         return f"cuda:{self.local}" if self.count > 1 and device_map == "auto" and torch.cuda.is_available() else None
 
-    def others(self, mine: Item) -> list[Item]:
-        """Exchange one object with every process, once all have come here; return the others'.
+    def others(self, mine: WarmupReport) -> list[WarmupReport]:
+        """Exchange reports with every process, once all have come here; return the others'.
 
         A process that left earlier with an exit code other than 0 would make the launcher end the others.
         """
         if self.count == 1:
             return []
-        from accelerate.utils import gather_object
+        if self.is_owner:
+            gathered = self._gather_and_leave(mine)
+        else:
+            from accelerate.utils import gather_object
+
+            gathered = gather_object([mine])
+        return [report for index, report in enumerate(gathered) if index != self.index]
+
+    def _gather_and_leave(self, mine: WarmupReport) -> list[WarmupReport]:
+        """Gather all reports over the group that this process made, and end that group.
+
+        Every tensor of the exchange is kept until the group has ended. A thread of gloo lets go of them some time after the exchange; where
+        it is the last, it needs the lock of Python, which the end of the group holds while it waits for that thread (torch 2.5 hangs so).
+        """
+        import torch
+        from accelerate import PartialState
         from torch import distributed
 
-        gathered: list[Item] = gather_object([mine])
-        if self.is_owner:
-            from accelerate import PartialState
-
-            distributed.destroy_process_group()
-            PartialState._reset_state()
-        return [item for index, item in enumerate(gathered) if index != self.index]
+        content = torch.tensor(list(json.dumps(vars(mine)).encode()), dtype=torch.uint8)
+        size = torch.tensor([len(content)])
+        sizes = [torch.zeros_like(size) for _ in range(self.count)]
+        distributed.all_gather(sizes, size)
+        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+        padded[: len(content)] = content
+        contents = [torch.zeros_like(padded) for _ in range(self.count)]
+        distributed.all_gather(contents, padded)
+        distributed.destroy_process_group()
+        PartialState._reset_state()
+        return [WarmupReport.from_json(bytes(text[: int(length)].tolist())) for text, length in zip(contents, sizes, strict=True)]
 
 
 class WarmupProgress:
