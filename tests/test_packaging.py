@@ -16,8 +16,8 @@ from processes import environment
 ROOT = Path(__file__).parents[1]
 PROBE = """
 import importlib.util as u, sys
-import torch, _vlmfilm_startup
-print("gate", _vlmfilm_startup.__file__)
+import torch, vlmfilm_startup
+print("gate", vlmfilm_startup.__file__)
 print("modules", sorted(m for m in sys.modules if m.startswith("vlmfilm")))
 print("bare", [name for name in ("hooks", "tests", "demo") if u.find_spec(name) and "vlmfilm" in str(u.find_spec(name).origin)])
 import vlmfilm_plugin.hooks.sofl_seg as adapter
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason=
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packaging") / "vlmfilm-checkout"
-    names = ["pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "vlmfilm_plugin", "hooks", "tests", ".gitignore"]
+    names = ["pyproject.toml", "hatch_build.py", "README.md", "LICENSE", "CHANGELOG.md", "vlmfilm_plugin", "hooks", "tests", ".gitignore"]
     folder.mkdir()
     for name in names:
         source = ROOT / name
@@ -81,7 +81,7 @@ def facts(output: str) -> dict[str, str]:
 def test_wheel_holds_gate_package_adapters_and_demo_host_alone(checkout: Path, tmp_path: Path) -> None:
     names = zipfile.ZipFile(build(checkout, "wheel", tmp_path)).namelist()
     top = {name.split("/")[0] for name in names}
-    assert {name for name in top if not name.endswith(".dist-info")} == {"_vlmfilm_startup.py", "vlmfilm_plugin"}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"vlmfilm_startup.py", "_vlmfilm_startup.py", "vlmfilm_plugin"}
     assert {"vlmfilm_plugin/hooks/sofl_seg.py", "vlmfilm_plugin/demo/host/scripts/train.py"} <= set(names)
     assert not any("_startup/" in name or "__pycache__" in name for name in names)
 
