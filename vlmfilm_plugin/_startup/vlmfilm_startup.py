@@ -55,16 +55,22 @@ def settings_names():
         return set()
     names = set()
     for parts in _LISTS:
-        with open(os.path.join(os.path.dirname(spec.origin), *parts), encoding="utf-8") as file:
-            names.update(re.findall(r'^    (?:(\w+): .*= setting\(|"(\w+)": )', file.read(), re.M))
+        try:
+            with open(os.path.join(os.path.dirname(spec.origin), *parts), encoding="utf-8") as file:
+                names.update(re.findall(r'^    (?:(\w+): .*= setting\(|"(\w+)": )', file.read(), re.M))
+        except (OSError, ValueError):
+            return set()
     return {plain or quoted for plain, quoted in names}
 
 
 def _judged(found):
     from difflib import SequenceMatcher, get_close_matches
 
-    ours = {name: text for name, text in found.items() if text.startswith(("VLMFILM", "VLMFORCE"))}
-    settings = settings_names() if ours else ()
+    ours = {name for name, text in found.items() if text.startswith(("VLMFILM", "VLMFORCE"))}
+    settings = settings_names() if ours else set()
+    if not settings:
+        # A package that is not there, or cannot be read: a setting cannot be told from a slip.
+        ours = {name for name in ours if not name.startswith(PREFIX)}
     legal = {_tail(_squeezed(name.upper())): name for name in [*OTHERS, *(PREFIX + name.upper() for name in settings)]}
     for name, text in found.items():
         if name in ours:
