@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason=
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packaging") / "vlmfilm-checkout"
-    names = ["pyproject.toml", "hatch_build.py", "README.md", "LICENSE", "CHANGELOG.md", "vlmfilm_plugin", "hooks", "tests", ".gitignore"]
+    names = ["pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "vlmfilm_plugin", "hooks", "tests", ".gitignore"]
     folder.mkdir()
     for name in names:
         source = ROOT / name
@@ -88,7 +88,7 @@ def test_wheel_holds_gate_package_adapters_and_demo_host_alone(checkout: Path, t
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"vlmfilm_startup.py", "_vlmfilm_startup.py", "vlmfilm_plugin"}
     assert {"vlmfilm_plugin/hooks/sofl_seg.py", "vlmfilm_plugin/demo/host/scripts/train.py"} <= set(names)
-    assert not any("_startup/" in name or "__pycache__" in name for name in names)
+    assert not any("_startup/" in name or "__pycache__" in name or "build_hook" in name for name in names)
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist", "editable"])

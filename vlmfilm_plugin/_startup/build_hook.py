@@ -1,4 +1,7 @@
-"""An editable install gets the start-up gate as a real file of the environment: a moved checkout must not break `import torch`."""
+"""A hook of hatchling's, and in no wheel: an editable install gets the start-up gate as real files of the environment.
+
+A moved checkout must not break `import torch`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-GATE = "vlmfilm_plugin/_startup"
+FOLDER = "vlmfilm_plugin/_startup"
 
 
 class GateHook(BuildHookInterface):
@@ -16,4 +19,5 @@ class GateHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Add the gate's files to an editable build."""
         if version == "editable":
-            build_data["force_include_editable"] = {f"{GATE}/{path.name}": path.name for path in sorted(Path(self.root, GATE).glob("*.py"))}
+            gate = sorted(Path(self.root, FOLDER).glob("*startup.py"))
+            build_data["force_include_editable"] = {f"{FOLDER}/{path.name}": path.name for path in gate}
