@@ -32,7 +32,7 @@ def test_the_checkpoint_and_the_last_line_of_its_run_say_how_it_is_loaded(tmp_pa
     tests = str(Path(__file__).parents[1])
     code = "import runpy, sys; sys.argv = ['train.py', '--save']; runpy.run_path('train.py')"
     lines = succeed(run_code(code, cwd=tmp_path, PYTHONPATH=tests)).splitlines()
-    assert lines[-2] == "the host's last words" and lines[-1].startswith("[VLM] the checkpoints of this run hold FiLM")
+    assert lines[-2] == "the host's last words" and lines[-1].startswith("[VLM] checkpoints of this run hold FiLM")
     assert "VLM_FILM_MODE=off" in lines[-1] and "unexpected keys (vlm_film)" in lines[-1]
     assert sum("hold FiLM" in line for line in lines) == 1
     rank = run_code(code, cwd=tmp_path, PYTHONPATH=tests, RANK="1", LOCAL_RANK="1")

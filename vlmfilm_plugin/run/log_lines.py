@@ -7,6 +7,7 @@ constant, `[FILM-SHUFFLE]` once an epoch, `[VLM] cache_stats`. Reading a statist
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import math
 from collections import Counter, defaultdict
@@ -72,15 +73,16 @@ def write_cache_key(key: str, source: str) -> None:
     film_logger().info("[VLM] cache_key_source: %s", source)
 
 
+@functools.cache
 def write_how_to_load_at_exit() -> None:
-    """Let the last line of a run that wrote checkpoints say how they are loaded; asked for again, it is still one line."""
-    atexit.unregister(_write_how_to_load)
+    """Let the last line of a run that trains say how its checkpoints are loaded; asked for again, it is still one line."""
+    # What is registered first comes last.
     atexit.register(_write_how_to_load)
 
 
 def _write_how_to_load() -> None:
     film_logger().info(
-        "[VLM] the checkpoints of this run hold FiLM: load them with %s=off (the host's own output), on or shuffle; "
+        "[VLM] checkpoints of this run hold FiLM: load them with %s=off (the host's own output), on or shuffle; "
         "a plain process reports unexpected keys (%s)",
         MODE_VARIABLE,
         MARKER.strip("."),

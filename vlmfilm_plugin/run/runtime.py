@@ -219,6 +219,9 @@ class Runtime:
         if step is None:
             step = self._step_of(owner, phase)
         given = HostBatch(batch, phase, value_range, rows, step, getattr(owner, "current_epoch", None), batch_idx, _is_fit(owner))
+        if phase == "train" and self.attached:
+            # A host's loop may save by `torch.save` alone, which nothing here sees.
+            write_how_to_load_at_exit()
         running = RunningBatch(given, self.states, self.diagnostics, self.files)
         self.diagnostics.enter_phase(phase)
         with conditioning.in_force(running):
