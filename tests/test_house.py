@@ -60,7 +60,7 @@ def test_host_adapters_import_the_contract_alone() -> None:
 def test_the_gate_and_the_package_root_import_the_standard_library_alone() -> None:
     import sys
 
-    for path in [CORE / "__init__.py", *(CORE / "_startup").glob("*.py")]:
+    for path in [CORE / "__init__.py", *(CORE / "_startup").glob("*startup.py")]:
         outside = {name for name in rules.imports(text_of(path)) if name.split(".")[0] not in sys.stdlib_module_names}
         assert outside <= {"vlmfilm_plugin.hosts.activation.activate", "vlmfilm_startup.torch_backend"}, path
 
