@@ -118,6 +118,11 @@ class TrainingKills(Killed):
 
     def make(self, folder: Path) -> None:
         self.paths = made.images(folder / "images", 2 * self.steps)
+        # What a first forward imports, this process has imported when it is forked: else most kills would fall into that.
+        handle = attach(SmallUNet(), encoder="descriptor", cond_dim=8, text_mlp_hidden_dim=8, cache_dir=str(folder / "first"))
+        with torch.no_grad(), handle.condition(images=self.paths[:2]):
+            handle.unet(*inputs(2))
+        torch.optim.SGD(handle.unet.parameters(), lr=0.1)
         self.truth = {str(path): made.described(path) for path in self.paths}
 
     def work(self, folder: Path, chance: random.Random) -> Callable[[Any], None]:

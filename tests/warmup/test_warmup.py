@@ -214,6 +214,14 @@ def test_the_command_reports_a_bad_image_and_returns_1(tmp_path: Path) -> None:
     assert done.returncode == 1 and "encoded 2  failed 1" in done.stdout and "bad.png" in done.stdout and done.stderr == ""
 
 
+def test_a_pipe_and_a_name_of_dots_among_the_images_stop_nothing_and_are_not_passed_over(tmp_path: Path) -> None:
+    make_images(tmp_path / "imgs", 2)
+    (tmp_path / "imgs" / "0000.png").rename(tmp_path / "imgs" / "...png")
+    os.mkfifo(tmp_path / "imgs" / "pipe.png")
+    report = quiet(tmp_path / "imgs", tmp_path)
+    assert (report.total, report.encoded) == (3, 2) and [Path(path).name for path, _ in report.failures] == ["pipe.png"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

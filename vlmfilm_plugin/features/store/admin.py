@@ -255,9 +255,9 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-def _facts(text: str) -> dict[str, Any]:
+def _facts(text: object) -> dict[str, Any]:
     try:
-        facts = json.loads(text)
-    except ValueError:
-        return {"unreadable": text}
-    return facts if isinstance(facts, dict) else {"unreadable": text}
+        facts = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        facts = None
+    return facts if isinstance(facts, dict) else {"unreadable": str(text)[:200]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 import zlib
 from typing import Any, NamedTuple
@@ -96,8 +97,12 @@ def checksum(key: bytes, data: bytes, note: str | None) -> int:
 
 
 def is_facts_of(facts: str, fingerprint: str) -> bool:
-    """Tell whether facts as they are stored give this fingerprint (`EncoderIdentity.fingerprint`)."""
-    return fingerprint.rsplit("-", 1)[-1] == hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
+    """Tell whether facts as they are stored give this fingerprint (`EncoderIdentity.fingerprint`); both may be anything that a file holds."""
+    try:
+        name = json.loads(facts).get("encoder", "encoder")
+        return fingerprint == f"{name}-{hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()}"
+    except (AttributeError, TypeError, ValueError, RecursionError):
+        return False
 
 
 def key_to_bytes(key: str) -> bytes:

@@ -108,7 +108,7 @@ class StoreFile:
             raise StoreError(f"cannot {action} the feature store: it is closed", {"file": self.path}, "open a new FeatureStore")
         try:
             yield self._connection()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError, OverflowError) as error:  # what SQLite says of a damaged file may be no text
             fix = next((fix for said, fix in _FIXES if said in str(error).lower()), "check the disk and the folder of the file")
             facts = {"file": self.path, "SQLite said": str(error), "expected": "a feature store that can be read and written"}
             raise StoreError(f"cannot {action} the feature store", facts, fix) from error
