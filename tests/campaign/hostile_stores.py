@@ -32,7 +32,9 @@ def _set_values(connection: sqlite3.Connection, chance: random.Random) -> None:
 
 
 def _set_spaces(connection: sqlite3.Connection, chance: random.Random) -> None:
-    connection.execute(f"UPDATE OR IGNORE namespaces SET {chance.choice(SPACES)} = ? WHERE rowid = 1", (chance.choice(VALUES),))
+    column = chance.choice(SPACES)
+    value = chance.choice([value for value in VALUES if column != "id" or isinstance(value, int)])
+    connection.execute(f"UPDATE OR IGNORE namespaces SET {column} = ? WHERE rowid = 1", (value,))
 
 
 def _forge_facts(connection: sqlite3.Connection, chance: random.Random) -> None:

@@ -55,7 +55,8 @@ def export_adapter(checkpoint: str | Path, out: str | Path, layout: str = "own",
         )
     for name, value in film.items():
         _require_tensor(name, value, checkpoint)
-    described = _in_todays_terms(content.get(METADATA) or {"architecture": _architecture(film), "settings": {}, "mode": None}, checkpoint)
+    recorded = content[METADATA] if METADATA in content else {"architecture": _architecture(film), "settings": {}, "mode": None}
+    described = _in_todays_terms(recorded, checkpoint)
     tensors = to_port_layout(film) if layout == "port" else film
     # safetensors refuses views of shared memory, which a checkpoint of a tied copy may hold.
     apart = {name: value.contiguous().clone() for name, value in tensors.items()}
@@ -148,9 +149,9 @@ def _as_json(described: Mapping[str, Any], checkpoint: object) -> str:
 
 def _state_of(content: Mapping[Any, Any], checkpoint: object) -> Mapping[str, Any]:
     state: Any = content.get("state_dict", content)
-    strange = next((name for name in state if not isinstance(name, str)), None) if isinstance(state, Mapping) else type(state).__name__
-    if strange is not None:
-        facts = {"checkpoint": checkpoint, "found": repr(strange)[:100], "expected": "a state dict: names and tensors"}
+    strange = [name for name in state if not isinstance(name, str)] if isinstance(state, Mapping) else [type(state).__name__]
+    if strange:
+        facts = {"checkpoint": checkpoint, "found": repr(strange[0])[:100], "expected": "a state dict: names and tensors"}
         raise CheckpointError("cannot use the checkpoint: its `state_dict` is none", facts, "give a checkpoint of a model")
     return cast("Mapping[str, Any]", state)
 

@@ -5,6 +5,7 @@ Knows nothing of features: it hands out connections that are safe for this proce
 
 from __future__ import annotations
 
+import functools
 import os
 import sqlite3
 import threading
@@ -57,6 +58,9 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX features_by_content ON features (namespace, source_size, source_digest)",
     ),
 )
+
+# What is in a file, but for SQLite's own; one text for what an index of SQLite's own has no text for.
+_SCHEMA = "SELECT type, name, coalesce(sql, '') FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY name"
 
 # A store of version 2 that cannot be written is read through this view, which stands before the table of the same name.
 _VIEW_OF_2 = f"CREATE TEMP VIEW features AS SELECT {_FROM_2} FROM main.features"
@@ -138,6 +142,7 @@ class StoreFile:
         # immutable: SQLite would otherwise make files beside the database, which it cannot there.
         connection = _connect(f"{self.path.resolve().as_uri()}?mode=ro&immutable=1", self._timeout_s, uri=True)
         try:
+            _refuse_foreign(connection, self.path)
             version = _version(connection)
             if version == 2:
                 connection.execute(_VIEW_OF_2)
@@ -155,10 +160,12 @@ class StoreFile:
     def _open_writable(self) -> sqlite3.Connection:
         connection = _connect(self.path, self._timeout_s)
         try:
+            # Before anything is written: a file of somebody else's is left as it is.
+            _until(self._timeout_s, lambda: _refuse_foreign(connection, self.path))
             _until(self._timeout_s, lambda: connection.execute("PRAGMA journal_mode = WAL").fetchone())
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute("PRAGMA cache_size = -16384")  # KiB: the key index of a large store stays in memory
-            _migrate(connection, self.path)
+            _migrate(connection)
         except BaseException:
             connection.close()
             raise
@@ -187,14 +194,49 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
+    """Check that the file is empty, or a store of ours and nothing else: a trigger, a view or a computed column would run in our statements."""
+    with _one_view(connection):
+        version = _version(connection)
+        found = set(connection.execute(_SCHEMA))
+    if not 0 <= version <= len(_MIGRATIONS):
+        raise StoreError(
+            "cannot open the feature store: unknown schema",
+            {"file": path, "found": f"version {version}", "expected": f"version {len(_MIGRATIONS)} or older"},
+            "upgrade vlmfilm-plugin, or set `cache_dir` to another folder",
+        )
+    expected = _schema_after(_MIGRATIONS[:version])
+    if strange := sorted(f"{kind} {name}" for kind, name, _ in found ^ expected):
+        facts = {"file": path, "found": ", ".join(strange)[:200], "expected": f"the tables of version {version}, or an empty file"}
+        raise StoreError("cannot open the feature store: this database is none, or was changed", facts, "set `cache_dir` to another folder")
+
+
+@contextmanager
+def _one_view(connection: sqlite3.Connection) -> Iterator[None]:
+    """Let reads inside see one moment of the file."""
+    connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+
+@functools.cache
+def _schema_after(migrations: tuple[tuple[str, ...], ...]) -> frozenset[tuple[str, str, str]]:
+    """Return what a file holds after these migrations, as `_SCHEMA` gives it."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    try:
+        for migration in migrations:
+            for statement in migration:
+                connection.execute(statement)
+        return frozenset(connection.execute(_SCHEMA))
+    finally:
+        connection.close()
+
+
+def _migrate(connection: sqlite3.Connection) -> None:
     while (version := _version(connection)) != len(_MIGRATIONS):
-        if not 0 <= version < len(_MIGRATIONS):
-            raise StoreError(
-                "cannot open the feature store: unknown schema",
-                {"file": path, "found": f"version {version}", "expected": f"version {len(_MIGRATIONS)} or older"},
-                "upgrade vlmfilm-plugin, or set `cache_dir` to another folder",
-            )
         with transaction(connection):
             # Another process may have migrated while this one waited for the lock.
             if _version(connection) == version:
