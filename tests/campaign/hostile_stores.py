@@ -58,11 +58,11 @@ def _swap_data(connection: sqlite3.Connection, chance: random.Random) -> None:
 
 def _forge_checksums(connection: sqlite3.Connection, chance: random.Random) -> None:
     """NaN, infinity, another width, with a checksum that is right."""
-    from vlmfilm_plugin.features.store.rows import checksum
+    from vlmfilm_plugin.features.store.rows import bound, checksum
 
     data = np.full(chance.choice([1, 63, 64, 65]), chance.choice([np.nan, np.inf, 1.0]), np.float16).tobytes()
     for key, note in connection.execute("SELECT key, note FROM features LIMIT 5").fetchall():
-        values = (data, len(data) // 2, checksum(key, data, note), key)
+        values = (data, len(data) // 2, bound(checksum(key, data, note), made.IDENTITY.fingerprint), key)
         connection.execute("UPDATE features SET data = ?, width = ?, checksum = ? WHERE key = ?", values)
 
 

@@ -375,10 +375,14 @@ def test_shard_files_are_merged_into_one(tmp_path: Path) -> None:
 
 def test_a_store_of_the_first_schema_keeps_its_features(tmp_path: Path) -> None:
     from vlmfilm_plugin.features.store import sqlite_file as store_file
+    from vlmfilm_plugin.features.store.rows import bound
 
     quiet(make_images(tmp_path / "imgs", 3)[0].parent, tmp_path)
     with sqlite3.connect(tmp_path / "cache" / "features.sqlite") as new:
-        columns = "source_digest || '@' || source_place, dtype, width, data, checksum, created"
+        # A checksum was not yet bound to the encoder.
+        new.create_function("unbound", 2, bound)
+        checksum = "unbound(checksum, (SELECT fingerprint FROM namespaces WHERE id = namespace))"
+        columns = f"source_digest || '@' || source_place, dtype, width, data, {checksum}, created"
         rows = new.execute(f"SELECT namespace, key, source_size, source_mtime_ns, {columns} FROM features").fetchall()
         namespaces = new.execute("SELECT * FROM namespaces").fetchall()
     old = tmp_path / "old" / "features.sqlite"

@@ -1,6 +1,6 @@
 """The SQLite file of the feature store: schema and migrations, connections, transactions, and errors with a fix.
 
-Knows nothing of features: it hands out connections that are safe for this process and thread.
+Knows nothing of features but what binds a checksum to its encoder: it hands out connections that are safe for this process and thread.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlmfilm_plugin.errors import StoreError
+from vlmfilm_plugin.features.store.rows import bound
 from vlmfilm_plugin.files import touch
 
 FILE_NAME = "features.sqlite"
+
+# A row's checksum as it is since version 4: right under its own encoder's fingerprint alone.
+_BOUND = "vlmfilm_bound(checksum, (SELECT fingerprint FROM main.namespaces WHERE id = namespace))"
 
 # Versions 1 and 2 kept digest and place in one text, `digest@place`, and one row a key.
 _FROM_2 = (
@@ -57,13 +61,18 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "DROP TABLE features_2",
         "CREATE INDEX features_by_content ON features (namespace, source_size, source_digest)",
     ),
+    (f"UPDATE features SET checksum = {_BOUND}",),
 )
 
 # What is in a file, but for SQLite's own; one text for what an index of SQLite's own has no text for.
 _SCHEMA = "SELECT type, name, coalesce(sql, '') FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY name"
 
-# A store of version 2 that cannot be written is read through this view, which stands before the table of the same name.
-_VIEW_OF_2 = f"CREATE TEMP VIEW features AS SELECT {_FROM_2} FROM main.features"
+# A store of an older version that cannot be written is read through a view, which stands before the table of the same name.
+_FROM_3 = "namespace, key, source_size, source_mtime_ns, source_digest, source_place, dtype, width, data, checksum, created, note"
+_VIEWS = {
+    version: f"CREATE TEMP VIEW features AS SELECT {columns.replace('checksum', f'{_BOUND} AS checksum')} FROM main.features"
+    for version, columns in ((2, _FROM_2), (3, _FROM_3))
+}
 
 _DELETE = f"delete {FILE_NAME} with its -wal and -shm files; features are encoded again"
 _FIXES = (
@@ -144,8 +153,8 @@ class StoreFile:
         try:
             _refuse_foreign(connection, self.path)
             version = _version(connection)
-            if version == 2:
-                connection.execute(_VIEW_OF_2)
+            if version in _VIEWS:
+                connection.execute(_VIEWS[version])
             elif version != len(_MIGRATIONS):
                 raise StoreError(
                     "cannot open the feature store: it is read-only and of another schema",
@@ -177,7 +186,12 @@ def _connect(place: str | Path, timeout_s: float, *, uri: bool = False) -> sqlit
     connection = sqlite3.connect(place, uri=uri, timeout=timeout_s, isolation_level=None, check_same_thread=False)
     # A damaged text must fail its row's check, not the whole read.
     connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+    _add_functions(connection)
     return connection
+
+
+def _add_functions(connection: sqlite3.Connection) -> None:
+    connection.create_function("vlmfilm_bound", 2, lambda crc, fingerprint: bound(crc, str(fingerprint)))
 
 
 @contextmanager
@@ -226,6 +240,7 @@ def _one_view(connection: sqlite3.Connection) -> Iterator[None]:
 def _schema_after(migrations: tuple[tuple[str, ...], ...]) -> frozenset[tuple[str, str, str]]:
     """Return what a file holds after these migrations, as `_SCHEMA` gives it."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
+    _add_functions(connection)
     try:
         for migration in migrations:
             for statement in migration:
