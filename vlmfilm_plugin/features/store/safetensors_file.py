@@ -38,6 +38,9 @@ def export(file: StoreFile, space: Namespace, path: str | os.PathLike[str], *, f
     refuse_to_replace(path, what, inputs=store, force=force, error=StoreError)
     with file.use("read") as connection:
         facts, stored = rows_of(connection, space.fingerprint)
+        if not is_facts_of(facts, space.fingerprint):
+            found = {"namespace": space.fingerprint, "found": f"facts of another encoder, or none: {str(facts)[:100]}"}
+            raise StoreError("cannot export: whose features these are is damaged", found, "encode the images again")
         rows = [(row, feature) for row in stored if (feature := decode(row, space.fingerprint)) is not None]
     if not rows:
         raise StoreError("cannot export: no sound feature in this namespace", {"namespace": space.fingerprint}, "choose another one")
