@@ -49,10 +49,10 @@ class Killed(Kind):
         self.shared = folder
         self.make(folder)
         times = []
-        for number in range(3):
+        for number in range(1 if self.is_short else 3):
             (folder / f"trial-{number}").mkdir()
             times.append(fork_and_kill(self.work(folder / f"trial-{number}", random.Random(number)), None)[1])
-        self.takes = sorted(times)[1]
+        self.takes = sorted(times)[len(times) // 2]
 
     def attempt(self, number: int, folder: Path, chance: random.Random) -> str:
         said, _ = fork_and_kill(self.work(folder, chance), chance.uniform(0, 1.1) * self.takes)
