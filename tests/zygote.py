@@ -48,10 +48,10 @@ def command(order: dict[str, object]) -> int:
     os.chdir(str(order["cwd"]))
     # Only what the interpreter itself puts first; this file's folder is not part of a command's path.
     sys.path[:] = [entry for entry in environ.get("PYTHONPATH", "").split(os.pathsep) if entry] + BASE_PATH
-    import _vlmfilm_startup
+    import vlmfilm_startup
 
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1":
-        _vlmfilm_startup.torch_backend()
+        vlmfilm_startup.torch_backend()
     if argv[0] == "-c":
         sys.path.insert(0, "")
         sys.argv = ["-c", *argv[2:]]

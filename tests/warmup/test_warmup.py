@@ -214,6 +214,14 @@ def test_the_command_reports_a_bad_image_and_returns_1(tmp_path: Path) -> None:
     assert done.returncode == 1 and "encoded 2  failed 1" in done.stdout and "bad.png" in done.stdout and done.stderr == ""
 
 
+def test_a_pipe_and_a_name_of_dots_among_the_images_stop_nothing_and_are_not_passed_over(tmp_path: Path) -> None:
+    make_images(tmp_path / "imgs", 2)
+    (tmp_path / "imgs" / "0000.png").rename(tmp_path / "imgs" / "...png")
+    os.mkfifo(tmp_path / "imgs" / "pipe.png")
+    report = quiet(tmp_path / "imgs", tmp_path)
+    assert (report.total, report.encoded) == (3, 2) and [Path(path).name for path, _ in report.failures] == ["pipe.png"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -367,10 +375,14 @@ def test_shard_files_are_merged_into_one(tmp_path: Path) -> None:
 
 def test_a_store_of_the_first_schema_keeps_its_features(tmp_path: Path) -> None:
     from vlmfilm_plugin.features.store import sqlite_file as store_file
+    from vlmfilm_plugin.features.store.rows import bound
 
     quiet(make_images(tmp_path / "imgs", 3)[0].parent, tmp_path)
     with sqlite3.connect(tmp_path / "cache" / "features.sqlite") as new:
-        columns = "source_digest || '@' || source_place, dtype, width, data, checksum, created"
+        # A checksum was not yet bound to the encoder.
+        new.create_function("unbound", 2, bound)
+        checksum = "unbound(checksum, (SELECT fingerprint FROM namespaces WHERE id = namespace))"
+        columns = f"source_digest || '@' || source_place, dtype, width, data, {checksum}, created"
         rows = new.execute(f"SELECT namespace, key, source_size, source_mtime_ns, {columns} FROM features").fetchall()
         namespaces = new.execute("SELECT * FROM namespaces").fetchall()
     old = tmp_path / "old" / "features.sqlite"
