@@ -30,6 +30,7 @@ HEAVY = (
     "torch.distributed.fsdp",
     "torch._dynamo",
     "torchmetrics",
+    "accelerate.utils",
     "transformers",
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
     "transformers.models.auto.image_processing_auto",
