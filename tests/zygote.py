@@ -74,7 +74,6 @@ def command(order: dict[str, object]) -> int:
     os.chdir(str(order["cwd"]))
     # Only what the interpreter itself puts first; this file's folder is not part of a command's path.
     sys.path[:] = [entry for entry in environ.get("PYTHONPATH", "").split(os.pathsep) if entry] + BASE_PATH
-    import _vlmfilm_startup
     import numpy
     import torch
 
@@ -82,7 +81,9 @@ def command(order: dict[str, object]) -> int:
     torch.seed()
     numpy.random.seed()
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1":
-        _vlmfilm_startup.torch_backend()
+        # As torch does, which called it in this very process when nothing was set.
+        (gate,) = (entry for entry in entry_points(group="torch.backends") if entry.dist is not None and entry.dist.name == "vlmfilm-plugin")
+        gate.load()()
     if argv[0] == "-c":
         sys.path.insert(0, "")
         sys.argv = ["-c", *argv[2:]]
