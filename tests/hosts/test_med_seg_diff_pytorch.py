@@ -1,4 +1,4 @@
-"""The real med-seg-diff-pytorch, untouched, in processes of its own."""
+"""The real med-seg-diff-pytorch, untouched, in processes of its own; one of them real from its start, the others forks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from processes import run_code, succeed
+from processes import forked_code, run_code, succeed
 
 pytestmark = pytest.mark.skipif(find_spec("med_seg_diff_pytorch") is None, reason="med-seg-diff-pytorch is not installed (pip install --no-deps)")
 
@@ -33,7 +33,7 @@ ON = {"VLM_FILM_ENCODER": "descriptor", "VLM_FILM_COND_DIM": "16", "VLM_FILM_TEX
 
 
 def run(code: str, folder: Path, mode: str | None, **variables: str) -> str:
-    return succeed(run_code(SETUP + code, cwd=folder, VLM_FILM_MODE=mode, **{**ON, **variables} if mode else {}))
+    return succeed(forked_code(SETUP + code, cwd=folder, VLM_FILM_MODE=mode, **{**ON, **variables} if mode else {}))
 
 
 def last_words(output: str) -> str:
@@ -47,16 +47,20 @@ def last_json(output: str) -> dict[str, object]:
 
 
 def test_training_moves_heads_and_projection_and_samples_stay_finite(tmp_path: Path) -> None:
-    output = run(
-        """
+    output = succeed(
+        run_code(
+            SETUP
+            + """
 before = {n: p.detach().clone() for n, p in diffusion.named_parameters() if "vlm_film" in n}
 train(4)
 moved = [n for n, p in diffusion.named_parameters() if n in before and not torch.equal(before[n], p)]
 sample = diffusion.sample(image)
 print(json.dumps({"film": len(before), "moved": len(moved), "shape": list(sample.shape), "finite": bool(sample.isfinite().all())}))
 """,
-        tmp_path,
-        "on",
+            cwd=tmp_path,
+            VLM_FILM_MODE="on",
+            **ON,
+        )
     )
     # Its loop saves without us; how that is loaded is said all the same.
     assert output.splitlines()[-1].startswith("[VLM] checkpoints of this run hold FiLM: load them with VLM_FILM_MODE=off")
@@ -121,7 +125,7 @@ print(json.dumps({"ok": True}))
 
 
 def test_a_unet_called_on_its_own_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    result = run_code(SETUP + "model(mask, torch.zeros(4), image)", cwd=tmp_path, VLM_FILM_MODE="on", **ON)
+    result = forked_code(SETUP + "model(mask, torch.zeros(4), image)", cwd=tmp_path, VLM_FILM_MODE="on", **ON)
     assert result.returncode == 1
     assert "ConditionError: Unet was called with no condition in force" in result.stderr and "running_batch" in result.stderr
 
@@ -133,7 +137,7 @@ missing = diffusion.load_state_dict(torch.load("film.pt", weights_only=True))
 print(json.dumps({"moved": float(model.vlm_film.heads[0].mlp[2].weight.abs().sum())}))
 """
     assert last_json(run(load, tmp_path, "on"))["moved"] != 0.0
-    other = run_code(SETUP + load, cwd=tmp_path, VLM_FILM_MODE="on", **{**ON, "VLM_FILM_DECODER_STAGES": "1"})
+    other = forked_code(SETUP + load, cwd=tmp_path, VLM_FILM_MODE="on", **{**ON, "VLM_FILM_DECODER_STAGES": "1"})
     assert other.returncode == 1 and "CheckpointError" in other.stderr and "decoder_stages=[0, 1]" in other.stderr
 
 
