@@ -67,7 +67,7 @@ def stats(file: StoreFile) -> list[Namespace]:
         " GROUP BY namespaces.id ORDER BY namespaces.id"
     )
     with file.use("read") as connection:
-        return [Namespace(fingerprint, _facts(facts), *figures) for fingerprint, facts, *figures in connection.execute(statement)]
+        return [Namespace(str(fingerprint), _facts(facts), *figures) for fingerprint, facts, *figures in connection.execute(statement)]
 
 
 @dataclass
@@ -224,7 +224,8 @@ def similar_keys(file: StoreFile, text: str, limit: int = 5) -> list[str]:
 
 
 def _namespaces(connection: sqlite3.Connection) -> list[tuple[int, str, str]]:
-    return connection.execute("SELECT id, fingerprint, facts FROM namespaces ORDER BY id").fetchall()
+    # A damaged name may be bytes.
+    return [(number, str(name), facts) for number, name, facts in connection.execute("SELECT id, fingerprint, facts FROM namespaces ORDER BY id")]
 
 
 def _rows(connection: sqlite3.Connection, namespace: int) -> Iterator[Row]:

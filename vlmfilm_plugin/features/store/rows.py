@@ -101,9 +101,9 @@ def checksum(key: bytes, data: bytes, note: str | None) -> int:
     return crc if note is None else zlib.crc32(note.encode(), crc)
 
 
-def bound(crc: Any, fingerprint: str) -> Any:
+def bound(crc: Any, fingerprint: object) -> Any:
     """Return a checksum that is right in the namespace of this fingerprint alone; twice, it is the first one. What is no number stays as it is."""
-    return crc ^ zlib.crc32(fingerprint.encode()) if isinstance(crc, int) else crc
+    return crc ^ zlib.crc32(str(fingerprint).encode("utf-8", "replace")) if isinstance(crc, int) else crc
 
 
 def is_facts_of(facts: str, fingerprint: str) -> bool:
