@@ -92,7 +92,7 @@ def test_an_adapter_of_low_rank_that_freezes_everything_else_is_refused(monkeypa
 
 @pytest.mark.usefixtures("watched")
 def test_what_trains_film_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    unet, handle = film_unet("on", monkeypatch)
+    unet, _ = film_unet("on", monkeypatch)
     film = list(unet.get_submodule("vlm_film").parameters())
     second = torch.optim.SGD(film, lr=0.1)
     first = torch.optim.SGD(without_film(unet), lr=0.1)
