@@ -16,6 +16,7 @@ from torch import nn
 
 from vlmfilm_plugin.checkpoints.facts import CheckpointFacts, resolve_with
 from vlmfilm_plugin.checkpoints.metadata import adapt, write_metadata
+from vlmfilm_plugin.checkpoints.optimizer_state import match_at_load, names_by_group
 from vlmfilm_plugin.checkpoints.peek import peek
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
 from vlmfilm_plugin.features.shuffle_donor import DataSets
@@ -178,15 +179,21 @@ class Runtime:
             HostError: FiLM is in none of them.
             SettingsError: the host is frozen, and parameters of it would train.
         """
+        if not film_modules(model):
+            return configured
+        optimizers = list(optimizers_in(configured))
+        names = [names_by_group(model, optimizer) for optimizer in optimizers]
         if self._is_frozen(model):
             refuse_unfrozen(model, self.states.settings_of(film_modules(model)[0]).origin("freeze_host"))
             configured = keep_trainable(configured)
         try:
-            check_model(model, list(optimizers_in(configured)))
+            check_model(model, optimizers)
         except HostError as error:
             if is_strict(self._environ):
                 raise
             film_logger().warning("[VLM] WARNING: %s", error)
+        for optimizer, configured_names in zip(optimizers, names, strict=True):
+            match_at_load(model, optimizer, configured_names)
         return configured
 
     def save_checkpoint(self, model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
