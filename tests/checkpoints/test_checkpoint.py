@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from small_unet import SmallUNet, inputs, randomise
 from torch import Tensor, nn
 
 from vlmfilm_plugin.checkpoints.metadata import adapt, write_metadata
+from vlmfilm_plugin.checkpoints.optimizer_state import match_at_load, names_by_group
 from vlmfilm_plugin.checkpoints.peek import facts_of, peek
 from vlmfilm_plugin.checkpoints.soft_seg_layout import to_port_layout
 from vlmfilm_plugin.errors import CheckpointError
+from vlmfilm_plugin.film.freezing import keep_trainable
 from vlmfilm_plugin.film.module import FilmModule
 from vlmfilm_plugin.forward.attach import install
 from vlmfilm_plugin.forward.context import in_force
@@ -279,7 +282,13 @@ def train(model: Root, optimizer: torch.optim.Optimizer, steps: range) -> None:
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return configured(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+
+
+def configured(model: nn.Module, optimizer: torch.optim.AdamW) -> torch.optim.AdamW:
+    """Return an optimizer as a host's `configure_optimizers` would have returned it."""
+    match_at_load(model, optimizer, names_by_group(model, optimizer))
+    return optimizer
 
 
 def trained(**kind: Any) -> tuple[Root, torch.optim.AdamW, dict[str, Any]]:
@@ -391,36 +400,95 @@ def test_a_film_runs_own_optimizer_state_is_left_as_it_is() -> None:
     assert all(torch.equal(value, expected[name]) for name, value in momenta(model, found).items())
 
 
-def test_several_parameter_groups_are_refused() -> None:
-    model = Root(seed=1, has_film=False)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW([{"params": parameters[:3]}, {"params": parameters[3:], "lr": 1e-3}])
-    train(model, optimizer, range(1))
-    checkpoint = {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}
+Groups = Callable[[nn.Module], list[dict[str, Any]]]
+
+
+def by_decay(model: nn.Module) -> list[dict[str, Any]]:
+    named = list(model.named_parameters())
+    return [
+        {"params": [p for n, p in named if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for n, p in named if p.ndim <= 1], "weight_decay": 0.0, "lr": 1e-3},
+    ]
+
+
+def reversed_order(model: nn.Module) -> list[dict[str, Any]]:
+    return [{"params": list(model.parameters())[::-1]}]
+
+
+def but_the_first(model: nn.Module) -> list[dict[str, Any]]:
+    return [{"params": list(model.parameters())[1:]}]
+
+
+@pytest.mark.parametrize("groups", [by_decay, reversed_order, but_the_first])
+@pytest.mark.parametrize("has_film", [False, True])
+def test_whatever_groups_a_host_makes_are_matched_by_name(groups: Groups, has_film: bool) -> None:
+    saved = Root(seed=1, has_film=has_film)
+    before = torch.optim.AdamW(groups(saved), lr=1e-2)
+    train(saved, before, range(2))
+    checkpoint = {"state_dict": saved.state_dict(), "optimizer_states": [copy.deepcopy(before.state_dict())]}
+    model = Root(seed=2)
+    adapt(model, checkpoint, model.settings)
+    model.load_state_dict(checkpoint["state_dict"])  # evaluation, and that is all of it
+    after = configured(model, torch.optim.AdamW(groups(model), lr=5.0))
+    after.load_state_dict(checkpoint["optimizer_states"][0])
+    expected, found = momenta(saved, before), momenta(model, after)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert [(group["lr"], group["weight_decay"]) for group in after.param_groups] == [(g["lr"], g["weight_decay"]) for g in before.param_groups]
+    train(model, after, range(2, 3))
+
+
+def frozen(model: Root, is_frozen: bool) -> torch.optim.AdamW:
+    """Configure the optimizer of a model whose host may be frozen, as the runtime does."""
+    whole = torch.optim.AdamW(by_decay(model), lr=1e-2)
+    names = names_by_group(model, whole)
+    if is_frozen:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("vlm_film" in name)
+        keep_trainable(whole)
+    match_at_load(model, whole, names)
+    return whole
+
+
+@pytest.mark.parametrize(("then", "now"), [(True, False), (False, True), (True, True), ("plain", True)])
+def test_resuming_across_a_change_of_freeze_host_matches_by_name(then: bool | str, now: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = Root(seed=1, has_film=then != "plain")
+    before = frozen(saved, then is True)
+    train(saved, before, range(2))
+    checkpoint = {"state_dict": saved.state_dict(), "optimizer_states": [copy.deepcopy(before.state_dict())]}
+    model = Root(seed=2)
+    adapt(model, checkpoint, model.settings)
+    model.load_state_dict(checkpoint["state_dict"])
+    after = frozen(model, now)
+    after.load_state_dict(checkpoint["optimizer_states"][0])
+    expected, found = momenta(saved, before), momenta(model, after)
+    trained_now = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert found.keys() == expected.keys() & trained_now
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "optimizer state resumed by name" in line]
+    assert len(lines) == (then != now)
+    train(model, after, range(2, 4))
+    assert momenta(model, after).keys() >= trained_now
+
+
+def test_groups_that_cannot_be_the_saved_ones_are_refused_at_resuming_and_evaluate() -> None:
+    saved = Root(seed=1, has_film=False)
+    before = torch.optim.AdamW(by_decay(saved))
+    train(saved, before, range(1))
+    checkpoint = {"state_dict": saved.state_dict(), "optimizer_states": [before.state_dict()]}
+    model = Root(seed=2)
+    adapt(model, checkpoint, model.settings)
+    model.load_state_dict(checkpoint["state_dict"])
     with pytest.raises(CheckpointError, match="2 parameter groups"):
-        adapt(Root(seed=2), checkpoint, settings_of())
+        adamw(model).load_state_dict(checkpoint["optimizer_states"][0])
 
 
-def test_an_optimizer_over_some_parameters_is_refused() -> None:
-    model = Root(seed=1, has_film=False)
-    optimizer = torch.optim.AdamW(list(model.parameters())[1:])
-    train(model, optimizer, range(1))
-    with pytest.raises(CheckpointError):
-        adapt(Root(seed=2), {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}, settings_of())
-
-
-def test_an_optimizer_that_has_not_stepped_is_matched_too() -> None:
-    model = Root(seed=1, has_film=False)
-    found, optimizer = resumed({"state_dict": model.state_dict(), "optimizer_states": [adamw(model).state_dict()]})
-    assert momenta(found, optimizer) == {}
-
-
-def test_peeking_runs_nothing_of_a_checkpoint(tmp_path: Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> tuple[object, ...]:
-            return open, (str(tmp_path / "went-off"), "w")
-
-    path = tmp_path / "bomb.ckpt"
-    torch.save({"state_dict": {}, "callbacks": Bomb()}, path)
-    assert peek(path) is None
-    assert not (tmp_path / "went-off").exists()
+@pytest.mark.parametrize("wrap", ["unet._orig_mod.", "_orig_mod.unet.", "module.unet._orig_mod."])
+@pytest.mark.parametrize("has_film", [False, True])
+def test_a_checkpoint_of_a_compiled_or_wrapped_model_loads(wrap: str, has_film: bool) -> None:
+    saved = Root(seed=1, has_film=has_film)
+    state = saved.state_dict()
+    checkpoint = {"state_dict": {wrap + name.removeprefix("unet.") if name.startswith("unet.") else name: value for name, value in state.items()}}
+    model = Root(seed=2)
+    adapt(model, checkpoint, model.settings)
+    model.load_state_dict(checkpoint["state_dict"])
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())

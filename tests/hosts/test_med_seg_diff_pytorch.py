@@ -168,3 +168,28 @@ print(json.dumps({"seen": seen}))
         VLM_FILM_BATCH_STRATEGY="first",
     )
     assert last_json(output) == {"seen": ["val", "train"]}
+
+
+ACCELERATED = """
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True, mixed_precision=PRECISION)
+optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-2)
+prepared, optimizer = accelerator.prepare(diffusion, optimizer)
+before = {n: p.detach().clone() for n, p in diffusion.named_parameters() if "vlm_film.heads" in n}
+for _ in range(2):
+    loss = prepared(mask, image)
+    optimizer.zero_grad(); accelerator.backward(loss); optimizer.step()
+moved = all(not torch.equal(before[n], p) for n, p in diffusion.named_parameters() if n in before and n.endswith("2.bias"))
+samples = [model.sample(image) for model in (prepared, accelerator.unwrap_model(prepared))]
+again = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+loss = again(mask, image)
+print(json.dumps({"moved": moved and bool(before), "finite": all(bool(s.isfinite().all()) for s in samples), "loss": loss.item() > 0}))
+"""
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_accelerates_prepare_keeps_the_batch_in_force_in_every_precision(tmp_path: Path, precision: str) -> None:
+    output = run(ACCELERATED.replace("PRECISION", repr(precision)), tmp_path, "on")
+    assert last_json(output) == {"moved": True, "finite": True, "loss": True}
+    plain = run(ACCELERATED.replace("PRECISION", repr(precision)).replace("moved and bool(before)", "True"), tmp_path, None)
+    assert last_json(plain) == last_json(output)

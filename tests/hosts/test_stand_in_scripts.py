@@ -97,14 +97,20 @@ def test_a_checkpoint_of_another_encoder_is_refused_with_both_fingerprints(train
     assert "checkpoint: descriptor-" in result.stderr and "this run:   qwen2_5_vl-" in result.stderr
 
 
-def test_a_plain_baseline_evaluates_the_same_with_film_at_identity_and_one_warning(stand_in: StandIn) -> None:
+def test_a_plain_baseline_is_not_evaluated_under_the_name_of_film(stand_in: StandIn) -> None:
     plain = stand_in.train("plain", None)
     assert "VLM" not in plain and not any("vlm_film" in name for name in load(stand_in.checkpoint("plain"))["state_dict"])
     stand_in.evaluate("plain", None)
-    output = stand_in.evaluate("plain", "on", VLM_FILM_ENCODER="descriptor")
-    assert output.count("WARNING: the checkpoint has no FiLM weights") == 1
-    scores = [json.loads((stand_in.output(f"plain-{mode}") / "metrics.json").read_text()) for mode in (None, "on")]
-    assert scores[0] == scores[1]
+    for mode in ("on", "shuffle"):
+        with pytest.raises(AssertionError) as failed:
+            stand_in.evaluate("plain", mode, VLM_FILM_ENCODER="descriptor")
+        assert "CheckpointError" in str(failed.value) and "would give a plain baseline's numbers the name of FiLM" in str(failed.value)
+        assert not (stand_in.output(f"plain-{mode}") / "metrics.json").exists()
+    stand_in.evaluate("plain", "off", VLM_FILM_ENCODER="descriptor")
+    output = stand_in.evaluate("plain", "on", VLM_FILM_ENCODER="descriptor", VLM_FILM_STRICT="0")
+    assert output.count("would give a plain baseline's numbers") == 1
+    scores = [json.loads((stand_in.output(f"plain-{mode}") / "metrics.json").read_text()) for mode in (None, "off", "on")]
+    assert scores[0] == scores[1] == scores[2]
 
 
 def test_off_equals_the_plain_host_with_the_same_weights_to_the_bit(trained: tuple[StandIn, str]) -> None:

@@ -134,3 +134,15 @@ def _block(error):
             return None
 
     sys.meta_path.insert(0, Blocker())
+    if os.environ.get("VLM_FILM_STRICT") == "0":
+        return
+
+    def refuse(optimizer, args, kwargs):
+        # A repo without a host adapter would train as a baseline.
+        raise SystemExit(message)
+
+    try:
+        from torch.optim.optimizer import register_optimizer_step_pre_hook
+    except ImportError:
+        return
+    register_optimizer_step_pre_hook(refuse)

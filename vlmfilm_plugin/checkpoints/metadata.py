@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from vlmfilm_plugin.checkpoints.facts import GATE_SETTINGS, METADATA, TRAINED_STAGES
-from vlmfilm_plugin.checkpoints.optimizer_state import match_optimizer_states
+from vlmfilm_plugin.checkpoints.optimizer_state import remember_names
 from vlmfilm_plugin.checkpoints.soft_seg_layout import from_port
 from vlmfilm_plugin.checkpoints.soft_seg_reading import LATER_ENCODER_SETTINGS, PORT_ENCODER_SETTINGS, PORT_HEADS
 from vlmfilm_plugin.film.module import MARKER, FilmModule, film_modules
@@ -48,20 +48,47 @@ def write_metadata(model: nn.Module, settings: Settings, checkpoint: MutableMapp
 
 
 def adapt(model: nn.Module, checkpoint: MutableMapping[str, Any], settings: Settings) -> None:
-    """Make a checkpoint fit a model that carries FiLM, before its strict load: the port's names, and the order of optimizer state.
+    """Make a checkpoint fit a model that carries FiLM, before its strict load: names of the port's and of compiled modules.
 
     Args:
-        settings: those the model's FiLM was built with. Where they freeze the host, its optimizer holds FiLM's parameters alone.
+        settings: those the model's FiLM was built with.
 
     Raises:
-        CheckpointError: the port's heads do not fit or act elsewhere, or optimizer state cannot be matched to parameters.
+        CheckpointError: the port's heads do not fit or act elsewhere.
     """
     state = checkpoint.get("state_dict")
     films = [(name, module) for name, module in model.named_modules() if isinstance(module, FilmModule)]
     if not isinstance(state, MutableMapping) or not films:
         return
+    as_the_model_names(model, state)
     order = [str(name) for name in state]
     renamed: dict[str, str] = {}
     if any(name.startswith(PORT_HEADS) for name in order):
         renamed = from_port(checkpoint, films, settings)
-    match_optimizer_states(model, checkpoint, [renamed.get(name, name) for name in order], settings.freeze_host)
+    remember_names(model, [renamed.get(name, name) for name in order], is_of_port=bool(renamed))
+
+
+def as_the_model_names(model: nn.Module, state: MutableMapping[str, Any]) -> None:
+    """Rename the tensors of a state dict, in place and in order, where they differ from a model's by what wrappers put into names alone."""
+    wanted = {_unwrapped(name): name for name in model.state_dict() if MARKER not in name}
+    host = [name for name in state if MARKER not in name]
+    found = {_unwrapped(name) for name in host}
+    if not host or set(host) == set(wanted.values()) or found != set(wanted) or len(found) != len(host) or len(wanted) < len(found):
+        return
+    prefixes = {_unwrapped(name): name for name, module in model.named_modules() if isinstance(module, FilmModule)}
+
+    def renamed(name: str) -> str:
+        plain = _unwrapped(name)
+        if MARKER not in name:
+            return wanted[plain]
+        return next((full + plain[len(prefix) :] for prefix, full in prefixes.items() if plain.startswith(f"{prefix}.")), name)
+
+    tensors = [(renamed(name), value) for name, value in state.items()]
+    for name in list(state):
+        del state[name]
+    state.update(tensors)
+
+
+def _unwrapped(name: str) -> str:
+    """Return a name without what `torch.compile` and DistributedDataParallel put into it."""
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))

@@ -56,18 +56,19 @@ def refuse_unfrozen(model: nn.Module, origin: str) -> None:
 
 def keep_trainable(configured: Any) -> Any:
     """Take frozen parameters out of the optimizers that a `configure_optimizers` returned, in place; return what it returned."""
-    for optimizer in _optimizers(configured):
+    for optimizer in optimizers_in(configured):
         for group in optimizer.param_groups:
             group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
     return configured
 
 
-def _optimizers(held: Any) -> Iterator[Optimizer]:
+def optimizers_in(held: Any) -> Iterator[Optimizer]:
+    """Yield the optimizers in what a `configure_optimizers` returned."""
     if isinstance(held, Optimizer):
         yield held
     elif isinstance(held, Mapping):
         for value in held.values():
-            yield from _optimizers(value)
+            yield from optimizers_in(value)
     elif isinstance(held, list | tuple):
         for value in held:
-            yield from _optimizers(value)
+            yield from optimizers_in(value)

@@ -62,11 +62,16 @@ class FilmModule(nn.Module):
         CheckpointError: on loading, the checkpoint's FiLM has another architecture or another encoder.
     """
 
+    # In this process, one was built or unpickled.
+    has_existed = False
+    # Names the load of a checkpoint without FiLM that this module, and what was copied from it, is from.
+    baseline_load: str | None = None
     # Of the encoder, in earlier versions: their checkpoints are of this encoder. No part of what is saved.
     former_fingerprints: tuple[str, ...] = ()
 
     def __init__(self, architecture: Architecture, mode: str) -> None:
         super().__init__()
+        FilmModule.has_existed = True
         self.architecture, self.mode = architecture, mode
         self.film_id = uuid.uuid4().hex
         self.is_removed = False
@@ -111,6 +116,7 @@ class FilmModule(nn.Module):
         inherited: Any = super().__setstate__
         inherited(state)
         self.is_unpickled = True
+        FilmModule.has_existed = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FilmModule:
         copied = self.__class__.__new__(self.__class__)
@@ -136,6 +142,7 @@ class FilmModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *args: Any) -> None:
         has_film = any(key.startswith(prefix) for key in state_dict)
+        self.baseline_load = None if has_film else uuid.uuid4().hex
         if f"{prefix}_extra_state" in state_dict:
             check_architecture(read_extra_state(state_dict[f"{prefix}_extra_state"]), self.architecture, self.former_fingerprints)
         elif not _is_strict(strict):

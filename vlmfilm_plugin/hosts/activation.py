@@ -8,6 +8,7 @@ the import once and lets a retry run unpatched, and since hosts catch `Exception
 from __future__ import annotations
 
 import atexit
+import functools
 import multiprocessing
 import os
 import sys
@@ -19,12 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from vlmfilm_plugin.entry_points import HOSTS, installed
 from vlmfilm_plugin.errors import SettingsError, VlmFilmError
-from vlmfilm_plugin.settings.mode import MODE_VARIABLE, read_mode, refuse_changed_mode
+from vlmfilm_plugin.hosts.explain import nothing_attached
+from vlmfilm_plugin.hosts.import_watch import is_initialising, refuse_import, when_ready, when_reloaded
+from vlmfilm_plugin.hosts.training_watch import TrainingWatch
+from vlmfilm_plugin.settings.mode import MODE_VARIABLE, STRICT_VARIABLE, is_strict, read_mode, refuse_changed_mode
 
 if TYPE_CHECKING:
     from vlmfilm_plugin.hosts.registry import AdapterRegistry
     from vlmfilm_plugin.run.runtime import Runtime
-from vlmfilm_plugin.hosts.import_watch import is_initialising, when_ready, when_reloaded
+    from vlmfilm_plugin.run.training_check import TrainingCheck
 
 
 class Activation:
@@ -46,16 +50,20 @@ class Activation:
         self._is_watching = False
         self._registry: AdapterRegistry | None = None
         self._runtime: Runtime | None = None
+        self._adapters: dict[str, list[EntryPoint]] = {}
+        self.is_strict = True
         try:
+            self.is_strict = is_strict(self.environ)
             self.mode = read_mode(self.environ)
         except VlmFilmError as error:
             self.error = error
+        self.training = TrainingWatch(self.is_attached, _has_film_existed, self._nothing_attached, _check, is_strict=self.is_strict)
 
     def watch(self) -> None:
         """Watch every host module that a host adapter names; what is imported already is patched now. Done once, unless it was refused."""
         if self._is_watching:
             return
-        adapters: dict[str, list[EntryPoint]] = {}
+        adapters = self._adapters
         for entry in installed(HOSTS):
             adapters.setdefault(entry.name, []).append(entry)
         for name in adapters:
@@ -65,6 +73,7 @@ class Activation:
             when_ready(name, partial(self.host_imported, entries))
         when_reloaded({name: partial(self.host_imported, entries) for name, entries in adapters.items()})
         self._is_watching = True
+        self.training.start()
 
     @property
     def runtime(self) -> Runtime:
@@ -98,19 +107,52 @@ class Activation:
             spec = self.registry.recognise(module)
             if spec is None:
                 self.seen[name] = "its structure is not that of a known host"
+                if len(self.registry.failures) > known:
+                    self._refuse_failed(name, *self.registry.failures[-1])
                 return
             if self.error is not None:
                 raise self.error
             self._refuse_late(module, spec)
             patch_host(module, spec, self.runtime)
             self.seen[name] = f"patched as {spec.name}"
+            self.training.stop_watching_networks()
         except Exception as error:
             self.seen[name] = f"stopped: {type(error).__name__}"
             if name in self.late:
                 # Called by hand in a running process, a notebook say: its owner sees the error itself.
                 raise
             sys.stdout.flush()
-            raise SystemExit(f"vlmfilm: {type(error).__name__}: {error}") from error
+            # An interactive session survives; the same import again must not find the module as it is, unpatched.
+            message = f"vlmfilm: {type(error).__name__}: {error}"
+            refuse_import(name, message)
+            raise SystemExit(message) from error
+
+    def is_attached(self) -> bool:
+        """Tell whether a module of this process has FiLM now, the host's own included."""
+        if self._runtime is not None and self._runtime.left:
+            return True
+        if not _has_film_existed():
+            return False
+        from vlmfilm_plugin.run.training_check import unets_with_film
+
+        return bool(unets_with_film())
+
+    def _nothing_attached(self, optimizer: str) -> VlmFilmError:
+        if self.error is not None:
+            return self.error
+        failures = {} if self._registry is None else dict(self._registry.failures)
+        return nothing_attached(optimizer, self.environ.get(MODE_VARIABLE), self._adapters, self.seen, failures)
+
+    def _refuse_failed(self, name: str, adapter: str, failure: BaseException) -> None:
+        """Stop a host whose own adapter cannot be loaded."""
+        from vlmfilm_plugin.errors import HostError
+
+        if self.is_strict:
+            raise HostError(
+                f"{MODE_VARIABLE}={self.environ.get(MODE_VARIABLE)} asks for FiLM, but the host adapter of {name} cannot be loaded",
+                {"host adapter": adapter, "found": f"{type(failure).__name__}: {failure}", "expected": "an adapter that can be imported"},
+                f"correct or uninstall it; {STRICT_VARIABLE}=0 makes this a warning",
+            )
 
     def _refuse_late(self, module: ModuleType, spec: Any) -> None:
         """Refuse a host from which a UNet was built before activation: that UNet would run as a baseline."""
@@ -142,12 +184,15 @@ class Activation:
         if isinstance(getattr(sys, "last_value", None), VlmFilmError):
             # The run ended with an error of ours, which says what is wrong; this would bury it.
             return
-        is_attached = self._runtime is not None and bool(self._runtime.attached or self._runtime.left)
-        if not self.seen or is_attached or any(fate.startswith("stopped") for fate in self.seen.values()):
+        is_attached = _has_film_existed() or (self._runtime is not None and bool(self._runtime.attached or self._runtime.left))
+        is_stopped = self.training.has_refused or any(fate.startswith("stopped") for fate in self.seen.values())
+        if is_attached or is_stopped or not (self.seen or self.training.network):
             return
         _say(f"WARNING: {MODE_VARIABLE}={self.environ.get(MODE_VARIABLE)} was set, but VLM-FiLM was NOT active in this process: nothing was attached")
         for name, fate in self.seen.items():
             _say(f"  {name}: {fate}")
+        if not self.seen:
+            _say(f"  {self.training.network} ran, and no module that a host adapter names was imported (`vlmfilm doctor` lists them)")
 
 
 _activation: Activation | None = None
@@ -196,6 +241,22 @@ def running_batch(batch: Any, *, phase: str, value_range: tuple[float, float] = 
             f"set {MODE_VARIABLE}, or use `vlmfilm_plugin.attach(unet)` and `handle.condition(...)`",
         )
     return _activation.runtime.batch(batch, phase=phase, value_range=value_range, step=step)
+
+
+def _has_film_existed() -> bool:
+    module = sys.modules.get("vlmfilm_plugin.film.module")
+    return module is not None and bool(module.FilmModule.has_existed)
+
+
+def _check(optimizer: Any) -> bool:
+    return _training_check()(optimizer)
+
+
+@functools.cache
+def _training_check() -> TrainingCheck:
+    from vlmfilm_plugin.run.training_check import TrainingCheck
+
+    return TrainingCheck()
 
 
 def _say(text: str) -> None:

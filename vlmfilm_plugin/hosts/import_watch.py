@@ -69,6 +69,22 @@ class ReloadFinder(MetaPathFinder):
         return spec
 
 
+def refuse_import(name: str, message: str) -> None:
+    """Make every further import of a module stop with SystemExit(message), and forget the module as it is now."""
+    sys.modules.pop(name, None)
+    sys.meta_path.insert(0, _Refusal(name, message))
+
+
+class _Refusal(MetaPathFinder):
+    def __init__(self, name: str, message: str) -> None:
+        self._name, self._message = name, message
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname == self._name:
+            raise SystemExit(self._message)
+        return None
+
+
 def is_initialising(module: ModuleType) -> bool:
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 

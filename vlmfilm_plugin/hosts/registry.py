@@ -29,7 +29,7 @@ class AdapterRegistry:
         """Load one host adapter; a broken one is noted and the others go on."""
         try:
             self.register(entry_point.load())
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.failures.append((f"{entry_point.name} = {entry_point.value}", error))
 
     def register(self, adapter: Any) -> None:

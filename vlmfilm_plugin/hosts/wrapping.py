@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -25,10 +27,30 @@ def undo_all(undos: list[Undo]) -> Undo:
     return undo
 
 
+class _BoundWrapper(wrapt.BoundFunctionWrapper):  # type: ignore[type-arg]
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """Return a function of the instance that is wrapped as well: accelerate's `prepare` binds it anew, around its autocast."""
+        wrapper, original = self._self_parent, self.__wrapped__
+
+        @functools.wraps(original)
+        def function(instance: Any, /, *args: Any, **kwargs: Any) -> Any:
+            return wrapper.__get__(instance, type(instance))(*args, **kwargs)
+
+        # Whoever unwraps would arrive at the host's own function.
+        del function.__wrapped__
+        function.__signature__ = inspect.signature(original.__func__)  # type: ignore[attr-defined]
+        return function
+
+
+class _Wrapper(wrapt.FunctionWrapper):  # type: ignore[type-arg]
+    __bound_function_wrapper__ = _BoundWrapper
+
+
 def wrap(owner: Any, name: str, wrapper: Wrapper) -> Undo:
     """Wrap an attribute by wrapt, its signature kept."""
     before = vars(owner).get(name, _NOTHING)
-    wrapt.wrap_function_wrapper(owner, name, wrapper)
+    wrapt.wrap_object(owner, name, _Wrapper, (wrapper,))
     return _restore(owner, name, before)
 
 

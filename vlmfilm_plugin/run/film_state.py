@@ -49,6 +49,8 @@ class FilmStates:
         # By `film_id`: a UNet and its copies. A process may load several checkpoints, each with settings of its own.
         self._built_with: dict[str, Settings] = {}
         self._providers: dict[tuple[str | None, ...], FeatureProvider] = {}
+        # Loads of plain baselines whose FiLM has trained since, in this process.
+        self.trained_loads: set[str] = set()
 
     def built(self, film: FilmModule, settings: Settings) -> None:
         """Note the settings that a module, and every copy of it, was built with."""

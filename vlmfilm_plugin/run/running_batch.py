@@ -10,17 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfilm_plugin.errors import ConditionError
+from vlmfilm_plugin.errors import CheckpointError, ConditionError
 from vlmfilm_plugin.film.gate_view import GateView, MaskReader
 from vlmfilm_plugin.film.gates import SpatialGate, gate_of
 from vlmfilm_plugin.film.module import FilmModule
 from vlmfilm_plugin.forward.context import ForwardContext
 from vlmfilm_plugin.host_spec import RowMap, same_rows
+from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.run.feature_lookup import BatchFeatures
 from vlmfilm_plugin.run.film_state import FilmState, FilmStates
 from vlmfilm_plugin.run.kept_contexts import KeptContexts
 from vlmfilm_plugin.run.log_lines import Diagnostics, StageRecorder, StepFacts
 from vlmfilm_plugin.run.row_map import RowIndex
+from vlmfilm_plugin.run.training_check import has_optimizer
+from vlmfilm_plugin.settings.mode import MODE_VARIABLE, STRICT_VARIABLE, is_strict
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class HostBatch:
         phase: `train`, `val`, `test` or `predict`.
         value_range: (low, high) of the images.
         rows: which sample each row of a UNet forward belongs to.
+        has_trainer: whether a trainer says what it does.
         is_fit: False where a trainer validates a checkpoint: its epoch counts from 0 and says nothing of the training.
     """
 
@@ -43,6 +47,7 @@ class HostBatch:
     epoch: int | None = None
     batch_idx: int | None = None
     is_fit: bool = True
+    has_trainer: bool = False
 
 
 class RunningBatch:
@@ -85,6 +90,8 @@ class RunningBatch:
         """Return the context of a forward; in evaluation what was computed for a batch is kept for all its forwards."""
         if film.mode == "off":
             return ForwardContext(film, None, recorder=self._recorder(film))
+        if film.baseline_load is not None:
+            self._refuse_baseline(film, film.baseline_load)
         index = self._row_index.of(x, image)
         features = self._features_for(film, x.device)
         gate = None if masks is None else self._gate(film, x, image, index, masks)
@@ -94,6 +101,28 @@ class RunningBatch:
         context = self._kept.context(film, x, features, index)
         context.recorder, context.gate = recorder, gate
         return context
+
+    def _refuse_baseline(self, film: FilmModule, load: str) -> None:
+        """Let a plain baseline train, which is fine-tuning.
+
+        Raises:
+            CheckpointError: it is evaluated, which would give the baseline's numbers the name of FiLM.
+        """
+        given, trained = self.given, self._states.trained_loads
+        if given.phase == "train":
+            trained.add(load)
+        # A host without a trainer that is about to train has its optimizer by now.
+        if load in trained or (given.is_fit and (given.has_trainer or has_optimizer())):
+            return
+        error = CheckpointError(
+            f"this evaluation would give a plain baseline's numbers the name of FiLM: the checkpoint has no FiLM weights, and mode is {film.mode}",
+            {"found": "FiLM as the identity, never trained", "expected": f"a checkpoint that was trained with {MODE_VARIABLE}={film.mode}"},
+            f"evaluate it with {MODE_VARIABLE}=off, which is the plain host's output, or load a FiLM checkpoint; {STRICT_VARIABLE}=0 goes on",
+        )
+        if is_strict():
+            raise error
+        trained.add(load)
+        film_logger().warning("[VLM] WARNING: %s", error)
 
     def _gate(self, film: FilmModule, x: Tensor, image: Tensor | None, index: Tensor | None, masks: MaskReader) -> SpatialGate | None:
         given = self.given

@@ -16,10 +16,11 @@ from torch import nn
 
 from vlmfilm_plugin.checkpoints.facts import CheckpointFacts, resolve_with
 from vlmfilm_plugin.checkpoints.metadata import adapt, write_metadata
+from vlmfilm_plugin.checkpoints.optimizer_state import match_at_load, names_by_group
 from vlmfilm_plugin.checkpoints.peek import peek
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
 from vlmfilm_plugin.features.shuffle_donor import DataSets
-from vlmfilm_plugin.film.freezing import freeze_host, keep_trainable, refuse_unfrozen
+from vlmfilm_plugin.film.freezing import freeze_host, keep_trainable, optimizers_in, refuse_unfrozen
 from vlmfilm_plugin.film.gates import describe_gate
 from vlmfilm_plugin.film.module import ATTRIBUTE, film_modules
 from vlmfilm_plugin.forward import context as conditioning
@@ -30,7 +31,8 @@ from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.run.film_state import FilmStates
 from vlmfilm_plugin.run.log_lines import Diagnostics, write_how_to_load_at_exit
 from vlmfilm_plugin.run.running_batch import HostBatch, RunningBatch
-from vlmfilm_plugin.settings.mode import MODE_VARIABLE, refuse_changed_mode
+from vlmfilm_plugin.run.training_check import check_model
+from vlmfilm_plugin.settings.mode import MODE_VARIABLE, PREFIX, is_strict, refuse_changed_mode
 from vlmfilm_plugin.settings.port_names import without_effect
 from vlmfilm_plugin.settings.record import Settings
 
@@ -75,7 +77,7 @@ class Runtime:
             raise SettingsError(
                 "this run was asked to be FiLM and not to be FiLM",
                 {"found": f"{MODE_VARIABLE}={self.mode}, and use_vlm_film false   (from {settings.origin('use_vlm_film')})"},
-                f"unset {MODE_VARIABLE}, or take `use_vlm_film: false` out",
+                f"unset {MODE_VARIABLE} for a plain run, or set {PREFIX}USE_VLM_FILM=true, which wins over the host's own configuration",
             )
         return settings
 
@@ -171,11 +173,28 @@ class Runtime:
                 self.files[name] = None
 
     def optimizers_configured(self, model: nn.Module, configured: Any) -> Any:
-        """Leave frozen parameters out of the optimizers that a host has configured; return them."""
-        if not self._is_frozen(model):
+        """Leave frozen parameters out of the optimizers that a host has configured; return them.
+
+        Raises:
+            HostError: FiLM is in none of them.
+            SettingsError: the host is frozen, and parameters of it would train.
+        """
+        if not film_modules(model):
             return configured
-        refuse_unfrozen(model, self.states.settings_of(film_modules(model)[0]).origin("freeze_host"))
-        return keep_trainable(configured)
+        optimizers = list(optimizers_in(configured))
+        names = [names_by_group(model, optimizer) for optimizer in optimizers]
+        if self._is_frozen(model):
+            refuse_unfrozen(model, self.states.settings_of(film_modules(model)[0]).origin("freeze_host"))
+            configured = keep_trainable(configured)
+        try:
+            check_model(model, optimizers)
+        except HostError as error:
+            if is_strict(self._environ):
+                raise
+            film_logger().warning("[VLM] WARNING: %s", error)
+        for optimizer, configured_names in zip(optimizers, names, strict=True):
+            match_at_load(model, optimizer, configured_names)
+        return configured
 
     def save_checkpoint(self, model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         """Add FiLM's metadata to a checkpoint that the host is about to save."""
@@ -218,7 +237,9 @@ class Runtime:
             raise ConditionError(f"cannot publish a batch: unknown phase {phase!r}", {"expected": ", ".join(PHASES)}, "correct `phase`")
         if step is None:
             step = self._step_of(owner, phase)
-        given = HostBatch(batch, phase, value_range, rows, step, getattr(owner, "current_epoch", None), batch_idx, _is_fit(owner))
+        doing = _doing(owner)
+        is_fit = doing in (None, "fit")
+        given = HostBatch(batch, phase, value_range, rows, step, getattr(owner, "current_epoch", None), batch_idx, is_fit, doing is not None)
         if phase == "train" and self.attached:
             # A host's loop may save by `torch.save` alone, which nothing here sees.
             write_how_to_load_at_exit()
@@ -237,9 +258,9 @@ class Runtime:
         return max(count, 0)
 
 
-def _is_fit(owner: Any) -> bool:
-    """Tell whether a step belongs to a training, its validation included; a host that does not say so trains."""
+def _doing(owner: Any) -> str | None:
+    """Return what a step's trainer does, `fit` (its validation included), `validate`, `test` or `predict`; None where there is none."""
     # The attribute behind Lightning's property, which raises where no trainer is attached.
     trainer = getattr(owner, "_trainer", None)
     doing = getattr(getattr(trainer, "state", None), "fn", None)
-    return doing is None or str(getattr(doing, "value", doing)) == "fit"
+    return None if doing is None else str(getattr(doing, "value", doing))

@@ -19,7 +19,12 @@ PREFIX = "VLM_FILM_"
 AUTOLOAD_VARIABLE = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 """torch's own: whether it calls entry points, and with them this package."""
 
-NOT_SETTINGS = frozenset({MODE_VARIABLE, CONFIG_VARIABLE})
+STRICT_VARIABLE = "VLM_FILM_STRICT"
+"""0: what would make a run asked to be FiLM a baseline is a warning, no error."""
+
+HOSTS_VARIABLE = "VLM_FILM_HOSTS"
+
+NOT_SETTINGS = frozenset({MODE_VARIABLE, CONFIG_VARIABLE, STRICT_VARIABLE, HOSTS_VARIABLE})
 
 
 def read_mode(environ: Mapping[str, str] | None = None) -> str | None:
@@ -37,6 +42,19 @@ def read_mode(environ: Mapping[str, str] | None = None) -> str | None:
         {"found": repr(value), "expected": "on, off or shuffle"},
         f"set {MODE_VARIABLE}={closest[0]}" if closest else f"unset {MODE_VARIABLE}, or set it to one of these",
     )
+
+
+def is_strict(environ: Mapping[str, str] | None = None) -> bool:
+    """Tell whether a run that was asked to be FiLM and would be a baseline is stopped: not with `VLM_FILM_STRICT=0`.
+
+    Raises:
+        SettingsError: the variable is neither 0 nor 1.
+    """
+    value = (os.environ if environ is None else environ).get(STRICT_VARIABLE, "1")
+    if value not in ("0", "1"):
+        facts = {"found": repr(value), "expected": "1 (as unset), or 0: warn where a run would be a baseline, and go on"}
+        raise SettingsError(f"cannot use {STRICT_VARIABLE}", facts, f"set {STRICT_VARIABLE}=0, or unset it")
+    return value == "1"
 
 
 def is_autoload_on(environ: Mapping[str, str]) -> bool:
