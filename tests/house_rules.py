@@ -162,6 +162,30 @@ def unsafe_loads(source: str) -> list[str]:
     return wrong
 
 
+# Files that are written
+
+_WRITERS = ("write_text", "write_bytes", "save_file", "mkstemp", "NamedTemporaryFile", "copyfile")
+
+
+def loose_writes(source: str) -> list[str]:
+    """Return calls that make a file otherwise than by `files.new_file`: half of it may be left, or another file lost."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        last = called.rpartition(".")[2]
+        constants = [argument.value for argument in [*node.args, *(word.value for word in node.keywords)] if isinstance(argument, ast.Constant)]
+        is_opened = last in {"open", "fdopen"} and any(
+            isinstance(text, str) and re.fullmatch(r"[rwaxbt+]*[wax+][rwaxbt+]*", text) for text in constants
+        )
+        # A name alone is an open file, such as `new_file` gives.
+        is_saved = called == "torch.save" and not (len(node.args) == 2 and isinstance(node.args[1], ast.Name) and node.args[1].id.endswith("file"))
+        if is_opened or is_saved or last in _WRITERS or "O_CREAT" in ast.unparse(node):
+            wrong.append(f"{node.lineno}: {ast.unparse(node)}")
+    return wrong
+
+
 # Types
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 # For the start of a script: each function under @scenario runs in a fork with a store of its own, and says how it ended.
@@ -36,6 +37,9 @@ def scenario(function):
         os._exit(0)
     os.waitpid(child, 0)
 """
+
+# Variables that torch, lightning and transformers, or the interpreter, read once.
+READ_AT_IMPORT = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "MKL_", "PYTHONHASHSEED", "PYTHONWARNINGS", "TORCH_LOGS")
 
 DEMO_HOST = Path(__file__).parents[1] / "vlmfilm_plugin" / "demo" / "host"
 
@@ -63,36 +67,37 @@ def run_code(code: str, *, cwd: str | Path | None = None, timeout: float = 300, 
 
 
 class _Zygote:
-    """One `zygote.py` for this process, started at the first command; it runs one command at a time."""
+    """One `zygote.py` for this process, started at the first command."""
 
     def __init__(self) -> None:
         command = [sys.executable, Path(__file__).with_name("zygote.py")]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), bufsize=0)
+        self._ended: dict[int, int] = {}
         atexit.register(self.close)
 
-    def run(self, argv: list[str], cwd: Path, env: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
+    def start(self, order: dict[str, object]) -> int:
+        """Start a command and return its process id."""
         assert self._process.stdin is not None
-        with tempfile.TemporaryDirectory() as folder:
-            places = {name: str(Path(folder) / name) for name in ("stdout", "stderr")}
-            order = {"argv": argv, "cwd": str(cwd), "env": env, **places}
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
-            # The first answer also waits for the imports.
-            pid = self._answer(600)["pid"]
-            try:
-                returncode = self._answer(timeout)["returncode"]
-            except TimeoutError:
-                os.kill(pid, signal.SIGKILL)
-                self._answer(60)
-                said = {name: Path(path).read_text() for name, path in places.items()}
-                raise subprocess.TimeoutExpired(argv, timeout, said["stdout"], said["stderr"]) from None
-            said = {name: Path(path).read_text() for name, path in places.items()}
-        return subprocess.CompletedProcess(argv, returncode, said["stdout"], said["stderr"])
+        self._process.stdin.write(json.dumps(order).encode() + b"\n")
+        # The first answer also waits for the imports.
+        until = time.monotonic() + 600
+        while "returncode" in (answer := self._answer(until)):
+            self._ended[answer["pid"]] = answer["returncode"]
+        return answer["pid"]
 
-    def _answer(self, timeout: float) -> dict[str, int]:
+    def returncode(self, pid: int, until: float) -> int:
+        """Return how a process ended, or raise TimeoutError."""
+        while pid not in self._ended:
+            answer = self._answer(until)
+            self._ended[answer["pid"]] = answer["returncode"]
+        return self._ended[pid]
+
+    def _answer(self, until: float) -> dict[str, int]:
         assert self._process.stdout is not None
-        line, end = b"", time.monotonic() + timeout
+        line = b""
         while not line.endswith(b"\n"):
-            if not select.select([self._process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
+            # An answer that has begun is read to its end.
+            if not line and not select.select([self._process.stdout], [], [], max(0.0, until - time.monotonic()))[0]:
                 raise TimeoutError
             byte = os.read(self._process.stdout.fileno(), 1)
             assert byte, "the zygote has ended"
@@ -109,12 +114,55 @@ class _Zygote:
 _zygote: _Zygote | None = None
 
 
+class Fork:
+    """A Python command in a fork of a process that has imported torch and lightning already (`zygote`); its output goes to two files."""
+
+    def __init__(self, arguments: Sequence[str | Path], folder: Path, cwd: Path, **variables: str | None) -> None:
+        global _zygote
+        if read := [name for name in variables if name.startswith(READ_AT_IMPORT)]:
+            raise ValueError(f"{', '.join(read)}: read before the fork; start a real process with `python`")
+        self.argv, self.stdout, self.stderr = [str(argument) for argument in arguments], folder / "stdout", folder / "stderr"
+        if _zygote is None:
+            _zygote = _Zygote()
+        env = environment(**variables)
+        self._zygote = _zygote
+        self.pid = _zygote.start({"argv": self.argv, "cwd": str(cwd), "env": env, "stdout": str(self.stdout), "stderr": str(self.stderr)})
+
+    def wait(self, timeout: float) -> int:
+        """Return the exit code, negative for a signal.
+
+        Raises:
+            TimeoutError: the process is still there.
+        """
+        return self._zygote.returncode(self.pid, time.monotonic() + timeout)
+
+    def kill(self) -> None:
+        """End the process, if it has not ended."""
+        try:
+            self.wait(0)
+        except TimeoutError:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait(60)
+
+
 def forked(*arguments: str | Path, cwd: str | Path | None = None, timeout: float = 600, **variables: str | None) -> subprocess.CompletedProcess[str]:
-    """Run Python with arguments as `python` does, in a fork of a process that has imported torch and lightning already (`zygote`)."""
-    global _zygote
-    if _zygote is None:
-        _zygote = _Zygote()
-    return _zygote.run([str(argument) for argument in arguments], Path(cwd or ".").absolute(), environment(**variables), timeout)
+    """Run Python with arguments as `python` does, in a fork of a process that has imported torch and lightning already (`zygote`).
+
+    Raises:
+        ValueError: a variable that those packages read once, at their import.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        fork = Fork(arguments, Path(folder), Path(cwd or ".").absolute(), **variables)
+        try:
+            returncode: int | None = fork.wait(timeout)
+        except TimeoutError:
+            returncode = None
+        finally:
+            fork.kill()
+        stdout, stderr = fork.stdout.read_text(), fork.stderr.read_text()
+    if returncode is None:
+        raise subprocess.TimeoutExpired(fork.argv, timeout, stdout, stderr)
+    return subprocess.CompletedProcess(fork.argv, returncode, stdout, stderr)
 
 
 def forked_code(code: str, *, cwd: str | Path | None = None, timeout: float = 600, **variables: str | None) -> subprocess.CompletedProcess[str]:

@@ -142,7 +142,7 @@ def test_what_is_no_file_is_refused_forced_or_not(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="Not a directory"):
         refuse_to_replace(tmp_path / "file" / "out", "the thing", error=StoreError)
-    with pytest.raises(StoreError, match=r"File name too long|the thing"):
+    with pytest.raises(StoreError, match="cannot write the thing"):
         write(tmp_path / ("x" * 300), error=StoreError)
     write(tmp_path / ("x" * 255))
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from processes import environment
 ROOT = Path(__file__).parents[1]
 PROBE = """
 import importlib.util as u, sys
-import torch, _vlmfilm_startup
-print("gate", _vlmfilm_startup.__file__)
-print("modules", sorted(m for m in sys.modules if m.startswith("vlmfilm")))
+import torch, vlmfilm_startup
+print("gate", vlmfilm_startup.__file__)
+print("modules", sorted(m for m in sys.modules if m.startswith("vlmfilm_plugin")))
 print("bare", [name for name in ("hooks", "tests", "demo") if u.find_spec(name) and "vlmfilm" in str(u.find_spec(name).origin)])
 import vlmfilm_plugin.hooks.sofl_seg as adapter
 print("adapter", adapter.NAME)
@@ -41,6 +40,12 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def see_outside(site: Path) -> None:
+    """Let an environment see the packages of this process behind its own."""
+    places = [place for place in sys.path if Path(place).name == "site-packages"]
+    (site / "outer.pth").write_text("".join(f"{place}\n" for place in places))
+
+
 class Environment:
     """A fresh virtual environment that sees this one's packages behind its own."""
 
@@ -49,7 +54,7 @@ class Environment:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", root], check=True)
         self.python = root / "bin" / "python"
         self.site = Path(self.output("import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
-        (self.site / "outer.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+        see_outside(self.site)
 
     def pip(self, *arguments: str | Path) -> None:
         command = [sys.executable, "-m", "pip", "--python", self.python, "--quiet", *arguments]
@@ -81,9 +86,9 @@ def facts(output: str) -> dict[str, str]:
 def test_wheel_holds_gate_package_adapters_and_demo_host_alone(checkout: Path, tmp_path: Path) -> None:
     names = zipfile.ZipFile(build(checkout, "wheel", tmp_path)).namelist()
     top = {name.split("/")[0] for name in names}
-    assert {name for name in top if not name.endswith(".dist-info")} == {"_vlmfilm_startup.py", "vlmfilm_plugin"}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"vlmfilm_startup.py", "_vlmfilm_startup.py", "vlmfilm_plugin"}
     assert {"vlmfilm_plugin/hooks/sofl_seg.py", "vlmfilm_plugin/demo/host/scripts/train.py"} <= set(names)
-    assert not any("_startup/" in name or "__pycache__" in name for name in names)
+    assert not any("_startup/" in name or "__pycache__" in name or "build_hook" in name for name in names)
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist", "editable"])
@@ -103,7 +108,7 @@ def test_a_moved_checkout_of_an_editable_install_leaves_import_torch_alone(check
     shutil.copytree(checkout, moving)
     env = Environment(tmp_path / "env")
     env.install("-e", moving)
-    (env.site / "outer.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    see_outside(env.site)
     moving.rename(tmp_path / "moved")
     assert env.output("import torch; print('fine')") == "fine\n"
 

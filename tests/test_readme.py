@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import environment, python, run_code, succeed
+from processes import environment, forked, forked_code, python, run_code, succeed
 
 from vlmfilm_plugin.settings.record import Settings
 
@@ -82,7 +82,7 @@ def test_the_adapter_example_is_complete_and_trains_its_host(tmp_path: Path) -> 
     variables = {"PYTHONPATH": str(tmp_path), "VLM_FILM_ENCODER": "descriptor"}
     output = succeed(run_code(RUN, cwd=tmp_path, VLM_FILM_MODE="on", **variables))
     assert output.splitlines()[-1] == "['decoder.0.block2', 'decoder.1.block2'] True (3, 1, 16, 16)"
-    plain = run_code("from tinyhost.model import Trainer; print(hasattr(Trainer().unet, 'vlm_film'))", cwd=tmp_path, **variables)
+    plain = forked_code("from tinyhost.model import Trainer; print(hasattr(Trainer().unet, 'vlm_film'))", cwd=tmp_path, **variables)
     assert succeed(plain) == "False\n"
 
 
@@ -96,7 +96,7 @@ for name in "ab":
 unet = SmallUNet()
 x, time, cond = torch.randn(2, 1, 16, 16), torch.zeros(2), torch.randn(2, 1, 16, 16)
 """
-    succeed(run_code(setup + block("python", "vlmfilm_plugin.attach"), cwd=tmp_path, PYTHONPATH=str(Path(__file__).parent)))
+    succeed(forked_code(setup + block("python", "vlmfilm_plugin.attach"), cwd=tmp_path, PYTHONPATH=str(Path(__file__).parent)))
 
 
 def test_every_command_of_the_command_line_has_help_and_stands_in_the_readme() -> None:
@@ -106,7 +106,7 @@ def test_every_command_of_the_command_line_has_help_and_stands_in_the_readme() -
     assert {"run", "doctor", "demo"} <= set(commands)
     for command in commands:
         assert f"vlmfilm {command}" in text, command
-        assert "usage: vlmfilm" in succeed(python("-m", "vlmfilm_plugin", command, "--help"))
+        assert f"usage: vlmfilm {command}" in succeed(forked("-m", "vlmfilm_plugin", command, "--help"))
 
 
 def test_every_setting_stands_in_the_readme() -> None:
@@ -123,7 +123,7 @@ def test_doctor_names_settings_and_their_origins(tmp_path: Path) -> None:
     report = json.loads(result.stdout)
     assert report["activation"]["state"] == "active, mode off"
     assert report["settings"]["cond_dim"] == {"value": 64, "from": "environment: VLM_FILM_COND_DIM"}
-    wrong = python("-m", "vlmfilm_plugin", "doctor", cwd=tmp_path, VLM_FILM_COND_DIMM="64")
+    wrong = forked("-m", "vlmfilm_plugin", "doctor", cwd=tmp_path, VLM_FILM_COND_DIMM="64")
     assert wrong.returncode == 1 and "VLM_FILM_COND_DIM" in wrong.stdout
 
 

@@ -4,39 +4,65 @@ A child is a process of its own: environment, working directory, arguments, outp
 start: where that very moment is what is tested, start a real process. The end of that import, at which torch calls the gate, is made up for:
 the gate is called before the command's first line.
 
-Protocol: one JSON object a line on stdin, {argv, cwd, env, stdout, stderr}; the answers are {pid} and {returncode}.
+Protocol: one JSON object a line on stdin, {argv, cwd, env, stdout, stderr}; answered by {pid} at once and by {pid, returncode} at its end.
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
+import importlib
 import json
 import os
 import runpy
+import select
+import signal
 import sys
 import threading
-import traceback
+from importlib.metadata import entry_points
+
+# What commands and the hosts under test import anyway. Nothing of ours, and no host: both must be imported by the child itself.
+HEAVY = (
+    "lightning.pytorch",
+    "PIL.Image",
+    "torch.utils.data",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch._dynamo",
+    "torchmetrics",
+    "accelerate.utils",
+    "transformers",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    "transformers.models.auto.image_processing_auto",
+    "transformers.models.auto.tokenization_auto",
+    "skimage.morphology",
+    "scipy.ndimage",
+    "einops.layers.torch",
+    "beartype",
+    "yaml",
+    "wrapt",
+)
 
 
 def prepare() -> None:
-    """Import what the commands' hosts import anyway; nothing of ours, and no host."""
-    import lightning.pytorch
-    import numpy
-    import PIL.Image
+    """Import the heavy packages that are installed, and check that a child starts as a process that has just imported torch."""
     import torch
-    import torch._dynamo
-    import torch.utils.data
-    import torchmetrics
-    import transformers
-    import yaml
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
+    for name in HEAVY:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue  # a package that an extra brings; who needs it says so
     torch.set_num_threads(1)
-    assert (
-        lightning.pytorch and numpy and PIL.Image and torchmetrics and yaml and transformers and AutoConfig and AutoImageProcessor and AutoTokenizer
-    )
+    hosts = {entry.name for entry in entry_points(group="vlmfilm.hosts")}
+    assert hosts, "the package is not installed"
+    ours = [name for name in sys.modules if name in hosts or name.split(".")[0] in {"vlmfilm_plugin", "src", *map(_root, hosts)}]
+    assert not ours, f"a child could not be activated before these: {ours}"
     assert threading.active_count() == 1, "a fork would lose these threads"
-    assert not [name for name in sys.modules if name.split(".")[0] in {"vlmfilm_plugin", "src"}]
+
+
+def _root(name: str) -> str:
+    return name.split(".")[0]
 
 
 def command(order: dict[str, object]) -> int:
@@ -48,10 +74,16 @@ def command(order: dict[str, object]) -> int:
     os.chdir(str(order["cwd"]))
     # Only what the interpreter itself puts first; this file's folder is not part of a command's path.
     sys.path[:] = [entry for entry in environ.get("PYTHONPATH", "").split(os.pathsep) if entry] + BASE_PATH
-    import _vlmfilm_startup
+    import numpy
+    import torch
 
+    # Two processes draw other numbers, unless they are seeded; `random` does so by itself at a fork.
+    torch.seed()
+    numpy.random.seed()
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1":
-        _vlmfilm_startup.torch_backend()
+        # As torch does, which called it in this very process when nothing was set.
+        (gate,) = (entry for entry in entry_points(group="torch.backends") if entry.dist is not None and entry.dist.name == "vlmfilm-plugin")
+        gate.load()()
     if argv[0] == "-c":
         sys.path.insert(0, "")
         sys.argv = ["-c", *argv[2:]]
@@ -80,7 +112,9 @@ def child(order: dict[str, object]) -> None:
         if not isinstance(stop.code, int | None):
             print(stop.code, file=sys.stderr)
     except BaseException:
-        traceback.print_exc()
+        # As the interpreter does, whose last exception is read at exit.
+        sys.last_type, sys.last_value, sys.last_traceback = sys.exc_info()
+        sys.excepthook(*sys.exc_info())
         code = 1
     try:
         # As at the end of an interpreter: threads, then what was registered.
@@ -96,13 +130,38 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     prepare()
-    for line in iter(_read_line, b""):
-        pid = os.fork()
-        if pid == 0:
-            child(json.loads(line))
-        print(json.dumps({"pid": pid}), file=answers, flush=True)
-        _, status = os.waitpid(pid, 0)
-        print(json.dumps({"returncode": os.waitstatus_to_exitcode(status)}), file=answers, flush=True)
+    # What is here now is never garbage: no child's collector goes through it.
+    gc.collect()
+    gc.freeze()
+    ended, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    while True:
+        ready, _, _ = select.select([0, ended], [], [])
+        if ended in ready:
+            os.read(ended, 4096)
+            for pid, status in iter(_reap, (0, 0)):
+                print(json.dumps({"pid": pid, "returncode": os.waitstatus_to_exitcode(status)}), file=answers, flush=True)
+        if 0 in ready:
+            if not (line := _read_line()):
+                return
+            pid = os.fork()
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for end in (ended, wake, answers.fileno()):
+                    os.close(end)
+                child(json.loads(line))
+            print(json.dumps({"pid": pid}), file=answers, flush=True)
+
+
+def _reap() -> tuple[int, int]:
+    """Return a child that has ended and its status, or zeros."""
+    try:
+        return os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return 0, 0
 
 
 def _read_line() -> bytes:

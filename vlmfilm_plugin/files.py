@@ -113,10 +113,18 @@ def cannot_write(path: object, what: str, problem: Exception, error: type[VlmFil
     """Return the error that says why a file, or a folder, cannot be written."""
     if isinstance(problem, FileExistsError):
         return _exists(path, what, error)
-    number = problem.errno if isinstance(problem, OSError) else None
-    said = problem.strerror if isinstance(problem, OSError) and problem.strerror else " ".join(f"{type(problem).__name__}: {problem}".split())
-    facts = {"file": path, "system said": said, "expected": "a place that can be written"}
-    return error(f"cannot write {what}", facts, _FIXES.get(number or 0, "look at the disk and the folder, or give another path"))
+    system = _from_system(problem)
+    said = (system.strerror if system is not None else None) or " ".join(f"{type(problem).__name__}: {problem}".split())
+    fix = _FIXES.get((system.errno if system is not None else None) or 0, "look at the disk and the folder, or give another path")
+    return error(f"cannot write {what}", {"file": path, "system said": said, "expected": "a place that can be written"}, fix)
+
+
+def _from_system(problem: BaseException) -> OSError | None:
+    """Return what the system said, which a writer's own error may stand before."""
+    found: BaseException | None = problem
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return found
 
 
 def touch(path: Path) -> None:

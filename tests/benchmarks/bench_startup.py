@@ -29,8 +29,8 @@ if not {hidden}:
     for name in [n for n in sys.modules if 'vlmfilm' in n]:
         del sys.modules[name]
     c = time.process_time()
-    import _vlmfilm_startup
-    _vlmfilm_startup.torch_backend()
+    import vlmfilm_startup
+    vlmfilm_startup.torch_backend()
     gate = time.process_time() - c
 print(b - a, gate)
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,57 @@ def test_what_cannot_be_moved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot read the checkpoint"):
         export_adapter(tmp_path / "junk", tmp_path / "b.safetensors")
     assert not (tmp_path / "out.ckpt").exists()
+
+
+def test_a_damaged_file_is_refused_and_one_of_the_first_version_has_no_digest(tmp_path: Path) -> None:
+    weights, plain = tmp_path / "a.safetensors", save(Root(1, False), tmp_path / "plain.ckpt")
+    export_adapter(save(Root(0, True), tmp_path / "film.ckpt"), weights)
+    whole = weights.read_bytes()
+    (header,) = struct.unpack("<Q", whole[:8])
+    # In a weight, and in a word of the description: safetensors sees neither.
+    for place in (header + 8, len(whole) - 1, whole.index(b"descriptor") if b"descriptor" in whole else whole.index(b"film") + 1):
+        weights.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match="damaged"):
+            apply_adapter(weights, plain, tmp_path / "out.ckpt")
+    assert not (tmp_path / "out.ckpt").exists()
+    content = json.loads(whole[8 : 8 + header])
+    del content["__metadata__"]["digest"]
+    text = json.dumps(content).encode()
+    weights.write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + header :])
+    assert apply_adapter(weights, plain, tmp_path / "out.ckpt")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        1.5,
+        None,
+        "text",
+        {"a": 1},
+        torch.zeros(3, device="meta"),
+        torch.eye(3).to_sparse(),
+        torch.zeros(1).expand(2**40),
+        torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    ],
+    ids=["number", "none", "text", "mapping", "meta", "sparse", "spread out", "quantised"],
+)
+def test_what_is_no_plain_tensor_is_named_and_never_exported(value: object, tmp_path: Path) -> None:
+    content = torch.load(save(Root(0, True), tmp_path / "film.ckpt"), weights_only=True)
+    name = next(name for name in content["state_dict"] if "vlm_film" in name)
+    content["state_dict"][name] = value
+    torch.save(content, tmp_path / "film.ckpt")
+    with pytest.raises(CheckpointError, match="no plain tensor") as caught:
+        export_adapter(tmp_path / "film.ckpt", tmp_path / "out")
+    assert caught.value.facts["name"] == name
+
+
+@pytest.mark.parametrize("state", [None, [], {1: torch.zeros(1)}, "text"])
+def test_a_state_dict_that_is_none_is_refused_by_both(state: object, tmp_path: Path) -> None:
+    export_adapter(save(Root(0, True), tmp_path / "film.ckpt"), tmp_path / "weights")
+    torch.save({"state_dict": state}, tmp_path / "strange.ckpt")
+    for work in (
+        lambda: export_adapter(tmp_path / "strange.ckpt", tmp_path / "out"),
+        lambda: apply_adapter(tmp_path / "weights", tmp_path / "strange.ckpt", tmp_path / "out"),
+    ):
+        with pytest.raises(CheckpointError, match="its `state_dict` is none"):
+            work()

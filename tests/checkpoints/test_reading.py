@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
+import struct
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -120,3 +123,50 @@ def test_a_file_that_is_no_checkpoint_is_a_named_error(content: bytes, tmp_path:
     with pytest.raises(CheckpointError, match="cannot read the checkpoint"):
         read_checkpoint(tmp_path / "c.ckpt")
     assert peek(tmp_path / "c.ckpt") is None
+
+
+def part_of(path: Path, name: str) -> tuple[int, int]:
+    """Return where the content of a part of an archive begins, and its size."""
+    with zipfile.ZipFile(path) as file:
+        part = next(part for part in file.infolist() if part.filename.endswith(name))
+        with open(path, "rb") as raw:
+            raw.seek(part.header_offset + 26)
+            names, extra = struct.unpack("<HH", raw.read(4))
+    return part.header_offset + 30 + names + extra, part.file_size
+
+
+def test_a_damaged_description_is_not_believed_and_damaged_weights_are_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = film_checkpoint(tmp_path / "film.ckpt", other=torch.ones(300_000))
+    whole = path.read_bytes()
+    start, size = part_of(path, "/data.pkl")
+    for number in range(start, start + size, max(size // 40, 1)):
+        path.write_bytes(whole[:number] + bytes([whole[number] ^ 4]) + whole[number + 1 :])
+        assert peek(path) is None
+        assert "damaged" in capsys.readouterr().out
+    # Of large weights only who wants them all reads all.
+    with zipfile.ZipFile(tmp_path / "film.ckpt", "r") as file:
+        large = max(file.infolist(), key=lambda part: part.file_size).filename
+    path.write_bytes(whole)
+    middle = sum(part_of(path, large)) - 100
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    assert peek(path) is not None
+    with pytest.raises(CheckpointError, match="damaged"):
+        export_adapter(path, tmp_path / "film.safetensors")
+    assert not (tmp_path / "film.safetensors").exists()
+
+
+@pytest.mark.skipif(not hasattr(torch.serialization, "set_crc32_options"), reason="this torch always writes checksums")
+def test_a_checkpoint_that_was_written_without_checksums_is_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = film_checkpoint(tmp_path / "film.ckpt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert peek(path) is not None and export_adapter(path, tmp_path / "film.safetensors")
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.ckpt")
+    for path in (tmp_path / "pipe.ckpt", Path("/dev/zero"), tmp_path):
+        with pytest.raises(CheckpointError, match="a pipe"):
+            read_checkpoint(path)

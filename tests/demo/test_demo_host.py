@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from processes import forked
 
 from vlmfilm_plugin.demo.dataset import make_dataset
 from vlmfilm_plugin.demo.run import HOST, DemoError, copy_host, digest, run_demo
@@ -36,10 +35,8 @@ def tiny_config(root: Path, arch: str, **changes: Any) -> Path:
     return path
 
 
-def run_script(root: Path, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("VLM_FILM")}
-    command = [sys.executable, str(root / "host" / "scripts" / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True, timeout=300, check=False)
+def run_script(root: Path, script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return forked(root / "host" / "scripts" / script, *arguments, cwd=root)
 
 
 @pytest.fixture(scope="module")

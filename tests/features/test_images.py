@@ -16,6 +16,7 @@ from PIL import Image
 
 from vlmfilm_plugin.errors import ImageReadError
 from vlmfilm_plugin.features.images import from_array, from_tensor, read_image, sample_range
+from vlmfilm_plugin.features.store.protocol import SourceStamp
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -145,9 +146,13 @@ def test_flipped_bytes_never_raise_anything_else(tmp_path: Path) -> None:
             read_image(path)
 
 
-def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ImageReadError):
-        read_image(tmp_path)
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path, tmp_path / "pipe.png", Path("/dev/zero")):
+        for read in (read_image, sample_range, SourceStamp.of):
+            with pytest.raises(ImageReadError) as caught:
+                read(path)
+            assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("factor", [1.5, 3.0])

@@ -266,7 +266,7 @@ def test_a_migration_that_fails_leaves_no_half_schema(tmp_path: Path, monkeypatc
         FeatureStore(tmp_path)
     monkeypatch.undo()
     with FeatureStore(tmp_path) as store:
-        assert _raw(store, "PRAGMA user_version") == [(3,)]
+        assert _raw(store, "PRAGMA user_version") == [(4,)]
         assert _raw(store, "SELECT count(*) FROM sqlite_master WHERE name = 'extra'") == [(0,)]
 
 

@@ -1,4 +1,8 @@
-"""Activation in real processes: dormant, asked for, broken, late, half-imported."""
+"""Activation: dormant, asked for, broken, late, half-imported.
+
+In real processes where `import torch` itself, the interpreter's start or its exit is what activates or speaks; elsewhere in a fork of one that has
+imported torch, for which the gate is called as torch would call it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import DEMO_HOST, python, run_code, succeed
+from processes import DEMO_HOST, forked_code, python, run_code, succeed
 
 # A host module by name and structure, as small as recognition allows; it is the one that imports torch first.
 UNET = """
@@ -53,7 +57,7 @@ print(sorted(n for n, _ in unet.named_children()))
 
 def test_dormant_process_holds_the_gate_alone(host: Path) -> None:
     output = succeed(run_code(BUILD + "import sys; print(sorted(m for m in sys.modules if 'vlmfilm' in m))", cwd=host))
-    assert output.splitlines() == ["['ups']", "['_vlmfilm_startup']"]
+    assert output.splitlines() == ["['ups']", "['vlmfilm_startup']"]
 
 
 def test_the_host_module_that_imports_torch_first_is_patched_at_its_end(host: Path) -> None:
@@ -85,7 +89,9 @@ def test_spawned_workers_are_activated_too(host: Path) -> None:
 @pytest.mark.parametrize("value", ["onn", "", "ON", "true"])
 def test_a_wrong_mode_stops_a_recognised_host_even_on_retry(host: Path, value: str) -> None:
     code = "try:\n    import src.archs.components.diffusion_unet\nexcept Exception:\n    import src.archs.components.diffusion_unet\nprint('TRAINED')"
-    result = run_code(code, cwd=host, VLM_FILM_MODE=value)
+    # One in a real process: its exit code, too, is the interpreter's own.
+    run = run_code if value == "onn" else forked_code
+    result = run(code, cwd=host, VLM_FILM_MODE=value)
     assert result.returncode == 1 and "TRAINED" not in result.stdout
     assert f"found:    {value!r}" in result.stderr and "on, off or shuffle" in result.stderr
 
@@ -107,14 +113,14 @@ def test_a_wrong_mode_leaves_a_process_without_a_host_alone(host: Path) -> None:
     ],
 )
 def test_a_wrong_setting_stops_the_build_and_names_itself(host: Path, variable: str, value: str, words: list[str]) -> None:
-    result = run_code(BUILD, cwd=host, VLM_FILM_MODE="on", **{**SETTINGS, variable: value})
+    result = forked_code(BUILD, cwd=host, VLM_FILM_MODE="on", **{**SETTINGS, variable: value})
     assert result.returncode == 1 and "['ups" not in result.stdout
     for word in words:
         assert word in result.stderr
 
 
 def test_a_missing_model_is_an_error_that_says_what_to_do(host: Path) -> None:
-    result = run_code(BUILD, cwd=host, VLM_FILM_MODE="on", VLM_FILM_MODEL_NAME="./no/such/folder")
+    result = forked_code(BUILD, cwd=host, VLM_FILM_MODE="on", VLM_FILM_MODEL_NAME="./no/such/folder")
     assert result.returncode == 1 and "EncoderError" in result.stderr and "no/such/folder" in result.stderr and "fix:" in result.stderr
 
 
@@ -126,7 +132,7 @@ def test_no_network_is_an_error_that_says_what_to_do(host: Path) -> None:
 def test_an_unrelated_repo_with_the_same_module_name_is_left_alone_and_reported(host: Path) -> None:
     module = host / "src" / "archs" / "components" / "diffusion_unet.py"
     module.write_text("import torch\nclass MedSegDiffUNet(torch.nn.Module):\n    def __init__(self, width):\n        super().__init__()\n")
-    result = run_code(
+    result = forked_code(
         "from src.archs.components.diffusion_unet import MedSegDiffUNet as U; print(type(U.__init__).__name__, dict(U(3).named_children()))",
         cwd=host,
         VLM_FILM_MODE="on",
@@ -144,12 +150,12 @@ def test_a_process_that_imports_a_host_but_builds_nothing_says_so_at_exit(host: 
 def test_activated_later_in_a_notebook_patches_what_was_imported(host: Path) -> None:
     code = "import os, torch\nimport src.archs.components.diffusion_unet\nos.environ['VLM_FILM_MODE'] = 'on'\n"
     code += "import vlmfilm_plugin; vlmfilm_plugin.activate()\n"
-    assert "['ups', 'vlm_film']" in succeed(run_code(code + BUILD, cwd=host, **SETTINGS))
+    assert "['ups', 'vlm_film']" in succeed(forked_code(code + BUILD, cwd=host, **SETTINGS))
 
 
 def test_activated_after_a_unet_was_built_is_refused(host: Path) -> None:
     code = BUILD + "import os; os.environ['VLM_FILM_MODE'] = 'on'\nimport vlmfilm_plugin; vlmfilm_plugin.activate()\n"
-    result = run_code(code, cwd=host, **SETTINGS)
+    result = forked_code(code, cwd=host, **SETTINGS)
     assert result.returncode == 1 and "HostError" in result.stderr and "before VLM-FiLM was activated" in result.stderr
 
 
@@ -158,7 +164,7 @@ def test_relative_cache_folder_is_that_of_the_start(host: Path) -> None:
     elsewhere.mkdir()
     code = "import os, torch; os.chdir('elsewhere')\nimport sys; sys.path.insert(0, '..')\n" + BUILD
     code += "from vlmfilm_plugin.hosts import activation; print(activation.current().runtime.settings.cache_dir)"
-    assert str(host / "mine") in succeed(run_code(code, cwd=host, VLM_FILM_MODE="on", VLM_FILM_CACHE_DIR="mine", **SETTINGS))
+    assert str(host / "mine") in succeed(forked_code(code, cwd=host, VLM_FILM_MODE="on", VLM_FILM_CACHE_DIR="mine", **SETTINGS))
 
 
 def test_a_host_that_fails_to_import_is_patched_at_its_successful_retry(host: Path) -> None:
@@ -168,8 +174,8 @@ def test_a_host_that_fails_to_import_is_patched_at_its_successful_retry(host: Pa
         "import os\ntry:\n    import src.archs.components.diffusion_unet\nexcept RuntimeError as e:\n    print(e)\nos.environ['READY'] = '1'\n"
         + BUILD
     )
-    assert succeed(run_code(code, cwd=host, VLM_FILM_MODE="on", **SETTINGS)).splitlines()[0] == "not yet"
-    assert "['ups', 'vlm_film']" in succeed(run_code(code, cwd=host, VLM_FILM_MODE="on", **SETTINGS))
+    output = succeed(forked_code(code, cwd=host, VLM_FILM_MODE="on", **SETTINGS))
+    assert output.splitlines()[0] == "not yet" and "['ups', 'vlm_film']" in output
 
 
 def test_a_broken_plugin_cannot_break_import_torch_but_stops_a_host(host: Path) -> None:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from processes import SCENARIO, python, succeed, verdicts_of
+from processes import SCENARIO, forked, succeed, verdicts_of
 from stand_in import SETTINGS, StandIn
 
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
@@ -399,16 +399,17 @@ def verdicts(stand_in: StandIn) -> dict[str, str]:
     script = root / "scenarios.py"
     script.write_text(SCENARIO + SCRIPT + SCENARIOS)
     variables = {"DATA": str(stand_in.data), "ROOT": str(root), "VLM_FILM_CACHE_DIR": str(root / "cache"), **SETTINGS}
-    result = python(script, cwd=stand_in.repo, PYTHONPATH=str(stand_in.repo), **variables)
+    result = forked(script, cwd=stand_in.repo, PYTHONPATH=str(stand_in.repo), **variables)
     (root / "stderr").write_text(result.stderr)
     return verdicts_of(result)
 
 
 def test_the_hosts_own_script_trains_with_ddp_in_two_processes(stand_in: StandIn) -> None:
+    """The first rank is a fork; Lightning starts the second, a real process."""
     settings = {"accelerator": "cpu", "devices": 2, "gradient_clip_val": 1.0, "limit_train_batches": 1, "limit_val_batches": 1}
     config = stand_in.config("ddp", {"image_size": 16, "patch_plan": [[16, 2]]}, trainer=settings, debug=True)
     cache = str(stand_in.root / "cache-ddp")
-    output = succeed(python("scripts/train.py", "--config", config, cwd=stand_in.repo, VLM_FILM_MODE="on", VLM_FILM_CACHE_DIR=cache, **SETTINGS))
+    output = succeed(forked("scripts/train.py", "--config", config, cwd=stand_in.repo, VLM_FILM_MODE="on", VLM_FILM_CACHE_DIR=cache, **SETTINGS))
     assert "epoch 2/2" in output and len(re.findall(r"^\[VLM\] FiLM attached", output, re.MULTILINE)) == 1, "rank 0 alone speaks"
     checkpoint = torch.load(stand_in.checkpoint("ddp"), weights_only=False)
     last = [value for key, value in checkpoint["state_dict"].items() if ".vlm_film.heads." in key and key.endswith("mlp.2.weight")]

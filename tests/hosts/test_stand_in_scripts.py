@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import python, run_code, succeed
+from processes import forked, forked_code, python, succeed
 from stand_in import StandIn
 
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
@@ -80,7 +80,7 @@ def test_shuffle_gives_one_result_for_a_checkpoint_wherever_the_data_lie_and_wha
         arguments = ["--data", "angio", "--models", FLOW, "--checkpoint", root / "film/checkpoints/last.ckpt", "--output", root / "out"]
         pairs = root / "pairs.csv"
         variables = {"VLM_FILM_CACHE_DIR": str(root / "cache"), "VLM_FILM_SHUFFLE_PAIRS_FILE": str(pairs)}
-        succeed(python("scripts/evaluate.py", *arguments, cwd=host.repo, VLM_FILM_MODE="shuffle", **variables))
+        succeed(forked("scripts/evaluate.py", *arguments, cwd=host.repo, VLM_FILM_MODE="shuffle", **variables))
         found.append((json.loads((root / "out" / "metrics.json").read_text()), pairs.read_text()))
     assert found[0] == found[1]
     rows = [line.split(",") for line in found[0][1].splitlines()]
@@ -101,7 +101,7 @@ def test_a_checkpoint_of_another_encoder_is_refused_with_both_fingerprints(train
     from src.archs.flow_model import FlowModel
     FlowModel.load_from_checkpoint({str(host.checkpoint("film"))!r}, map_location="cpu", weights_only=False)
     """
-    result = run_code(code, cwd=host.repo, VLM_FILM_MODE="on", VLM_FILM_ENCODER="qwen2_5_vl", VLM_FILM_MODEL_NAME=str(tiny_qwen))
+    result = forked_code(code, cwd=host.repo, VLM_FILM_MODE="on", VLM_FILM_ENCODER="qwen2_5_vl", VLM_FILM_MODEL_NAME=str(tiny_qwen))
     assert result.returncode == 1 and "CheckpointError" in result.stderr
     assert "checkpoint: descriptor-" in result.stderr and "this run:   qwen2_5_vl-" in result.stderr
 
@@ -132,8 +132,8 @@ def test_off_equals_the_plain_host_with_the_same_weights_to_the_bit(trained: tup
         y = model.sample(torch.randn(2, 1, 32, 32), torch.randn(2, 1, 32, 32))
     print(hashlib.sha256(y.numpy().tobytes()).hexdigest())
     """
-    plain = succeed(run_code(code.format(path=str(stripped)), cwd=host.repo))
-    off = succeed(run_code(code.format(path=str(host.checkpoint("film"))), cwd=host.repo, VLM_FILM_MODE="off"))
+    plain = succeed(forked_code(code.format(path=str(stripped)), cwd=host.repo))
+    off = succeed(forked_code(code.format(path=str(host.checkpoint("film"))), cwd=host.repo, VLM_FILM_MODE="off"))
     assert plain.splitlines()[-1] == off.splitlines()[-1]
 
 
@@ -182,7 +182,7 @@ def test_a_checkpoint_of_the_port_loads_with_its_stages_and_unbounded_heads(trai
         except TypeError as error:
             print(error)
     """
-    output = succeed(run_code(code, cwd=host.repo, VLM_FILM_MODE="on", VLM_FILM_MODEL_NAME=str(tiny_qwen)))
+    output = succeed(forked_code(code, cwd=host.repo, VLM_FILM_MODE="on", VLM_FILM_MODEL_NAME=str(tiny_qwen)))
     lines = [line for line in output.splitlines() if not line.startswith("[VLM]")][-4:]
     assert lines[:2] == ["[1] None 10 post_block1", "[0, 1] 0.1 256 post_block2"]
     assert len(lines) == 4 and all("cannot be called on an instance" in line for line in lines[2:])
@@ -224,12 +224,10 @@ def test_with_every_feature_stored_no_weight_of_the_encoder_is_read(stand_in: St
     sys.argv = ["scripts/train.py", "--config", {str(stand_in.config("warm2"))!r}]
     runpy.run_path("scripts/train.py", run_name="__main__")
     """
-    succeed(run_code(code, cwd=stand_in.repo, VLM_FILM_MODE="on", VLM_FILM_ON_MISSING_FEATURE="error", **variables))
+    succeed(forked_code(code, cwd=stand_in.repo, VLM_FILM_MODE="on", VLM_FILM_ON_MISSING_FEATURE="error", **variables))
 
 
 def test_a_missing_feature_can_be_an_error(stand_in: StandIn) -> None:
-    from processes import python
-
     result = python(
         "scripts/train.py", "--config", stand_in.config("missing"), cwd=stand_in.repo, VLM_FILM_MODE="on", VLM_FILM_ENCODER="descriptor",
         VLM_FILM_CACHE_DIR=str(stand_in.root / "empty"), VLM_FILM_ON_MISSING_FEATURE="error",
@@ -266,18 +264,16 @@ def test_a_frozen_host_keeps_every_weight_and_its_optimizer_holds_film_alone(sta
     assert all(torch.equal(value, trained[name]) for name, value in fresh.items()), "the host moved"
     assert trained["unet.base_unet.vlm_film.heads.0.mlp.2.weight"].abs().sum() > 0
     """
-    succeed(run_code(code, cwd=stand_in.repo))
+    succeed(forked_code(code, cwd=stand_in.repo))
 
 
 def test_a_weights_file_moves_film_from_one_run_to_a_baseline_of_the_host(trained: tuple[StandIn, str]) -> None:
-    from processes import python
-
     host = trained[0]
     host.train("base", None)
     weights, copied = host.root / "film.safetensors", host.root / "runs" / "moved" / "checkpoints" / "last.ckpt"
     copied.parent.mkdir(parents=True)
     # The host's evaluation reads the configuration beside the checkpoint.
     (copied.parents[1] / "config.yaml").write_bytes((host.checkpoint("base").parents[1] / "config.yaml").read_bytes())
-    succeed(python("-m", "vlmfilm_plugin", "export", host.checkpoint("film"), weights))
-    succeed(python("-m", "vlmfilm_plugin", "apply", weights, host.checkpoint("base"), "--output", copied))
+    succeed(forked("-m", "vlmfilm_plugin", "export", host.checkpoint("film"), weights))
+    succeed(forked("-m", "vlmfilm_plugin", "apply", weights, host.checkpoint("base"), "--output", copied))
     assert "encoder=descriptor" in host.evaluate("moved", "on")

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from processes import python, succeed
+from processes import forked, succeed
 from stand_in import SETTINGS, StandIn
 
 from vlmfilm_plugin.demo.dataset import make_dataset
@@ -120,7 +120,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     script = host.root / "runs.py"
     script.write_text(SCRIPT)
     variables = {**SETTINGS, "VLM_FILM_CACHE_DIR": str(host.root / "cache"), "VLM_FILM_FILM_LOG_EVERY_N_STEPS_TRAIN": "3"}
-    result = python(script, cwd=host.repo, PYTHONPATH=str(host.repo), DATA=str(host.data), ROOT=str(host.root), **variables)
+    result = forked(script, cwd=host.repo, PYTHONPATH=str(host.repo), DATA=str(host.data), ROOT=str(host.root), **variables)
     lines = [line.split(" ", 1)[1] for line in succeed(result).splitlines() if line.startswith("RESULT ")]
     found: dict[str, Any] = dict(json.loads(line) for line in lines)
     assert len(found) == 13, result.stderr[-4000:]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from processes import environment
+from processes import Fork
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
 
@@ -496,35 +494,33 @@ class Run:
 
 def run(folder: Path, code: str, limit: float = 150) -> Run:
     """Run code on both ranks, as torchrun would."""
-    folder.mkdir(exist_ok=True)
-    logs = [folder / f"log-{rank}" for rank in range(RANKS)]
-    processes = []
+    folders = [folder / str(rank) for rank in range(RANKS)]
+    forks = []
     for rank in range(RANKS):
-        variables = environment(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), FOLDER=str(folder), PYTHONPATH=str(Path(__file__).parents[1])
-        )
-        with logs[rank].open("w") as log:
-            processes.append(subprocess.Popen([sys.executable, "-c", SETUP + code + TEARDOWN], env=variables, cwd=folder, stdout=log, stderr=log))
+        folders[rank].mkdir(parents=True)
+        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+        variables |= {"FOLDER": str(folder), "PYTHONPATH": str(Path(__file__).parents[1])}
+        forks.append(Fork(["-c", SETUP + code + TEARDOWN], folders[rank], folder, **variables))
     until = time.monotonic() + limit
-    try:
-        for process in processes:
-            process.wait(max(0.1, until - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        is_hung = [process.poll() is None for process in processes]
-        for process in processes:
-            process.kill()
-            process.wait()
+    is_hung = []
+    for fork in forks:
+        try:
+            fork.wait(max(0.1, until - time.monotonic()))
+            is_hung.append(False)
+        except TimeoutError:
+            is_hung.append(True)
+    for fork in forks:
+        fork.kill()
+    logs = [fork.stdout.read_text() + fork.stderr.read_text() for fork in forks]
     verdicts: dict[str, tuple[str, ...]] = {}
     for rank in range(RANKS):
         path = folder / f"verdicts-{rank}"
         for line in path.read_text().splitlines() if path.exists() else ():
             name, verdict, _ = json.loads(line)
             verdicts[name] = (*verdicts.get(name, ()), verdict)
-    assert not any(is_hung), f"hung: {is_hung}\nverdicts: {verdicts}\n" + "\n".join(log.read_text()[-2000:] for log in logs)
-    assert verdicts, "\n".join(log.read_text()[-2000:] for log in logs)
-    return Run(verdicts, [log.read_text() for log in logs])
+    assert not any(is_hung), f"hung: {is_hung}\nverdicts: {verdicts}\n" + "\n".join(log[-2000:] for log in logs)
+    assert verdicts, "\n".join(log[-2000:] for log in logs)
+    return Run(verdicts, logs)
 
 
 @pytest.fixture(scope="module")

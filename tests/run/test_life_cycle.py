@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from processes import DEMO_HOST, SCENARIO, python, verdicts_of
+from processes import DEMO_HOST, SCENARIO, forked, verdicts_of
 from small_unet import SmallUNet, inputs, randomise
 from torch import Tensor, nn
 
@@ -364,7 +364,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     shutil.copytree(DEMO_HOST, root / "host", ignore=shutil.ignore_patterns("__pycache__"))
     script = root / "notebook.py"
     script.write_text(SCENARIO + NOTEBOOK + SCENARIOS + (TWO_HOSTS if HAS_OTHER_HOST else ""))
-    result = python(script, cwd=root / "host", PYTHONPATH=str(root / "host"), VLM_FILM_CACHE_DIR=str(root / "cache"), **SETTINGS)
+    result = forked(script, cwd=root / "host", PYTHONPATH=str(root / "host"), VLM_FILM_CACHE_DIR=str(root / "cache"), **SETTINGS)
     return verdicts_of(result)
 
 

@@ -40,6 +40,9 @@ MERGES = "a: &a {k: 1}\n" + "".join(f"{b}: &{b}\n  <<: [{', '.join([f'*{a}'] * 9
         ("a: !!python/object/apply:os.system [id]", "could not determine a constructor"),
         ("a: 2020-13-45", "month"),
         ("a: 0x_", "invalid literal"),
+        ("a: !!bool x", "x"),
+        ("a: !!timestamp x", "group"),
+        ("a: !!int ''", "index"),
     ],
 )
 def test_what_would_hang_overflow_or_lose_something_is_refused_at_once(text: str, found: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from processes import environment, python, run_code, succeed
+from processes import Fork, environment, forked, forked_code, python, succeed
 from stand_in import SETTINGS, StandIn
 
 from vlmfilm_plugin import warmup_vlm_cache
@@ -68,15 +69,15 @@ def test_a_warmed_up_host_trains_with_missing_features_forbidden(tmp_path: Path)
     strict = {"VLM_FILM_ON_MISSING_FEATURE": "error"}
     config = host.config("warm")
     variables = {**SETTINGS, "VLM_FILM_CACHE_DIR": str(host.root / "cache")}
-    cold = python("scripts/train.py", "--config", config, cwd=host.repo, VLM_FILM_MODE="on", **variables, **strict)
+    cold = forked("scripts/train.py", "--config", config, cwd=host.repo, VLM_FILM_MODE="on", **variables, **strict)
     assert cold.returncode != 0 and "MissingFeatureError" in cold.stderr
-    done = python("-m", "vlmfilm_plugin", "warmup", "--config", config, "--json", cwd=host.repo, **variables, **strict)
+    done = forked("-m", "vlmfilm_plugin", "warmup", "--config", config, "--json", cwd=host.repo, **variables, **strict)
     report = json.loads(succeed(done))
     assert (report["total"], report["encoded"], report["failures"]) == (8, 8, [])
     assert "8/8" in done.stderr and "image/s" in done.stderr and "hits=0, misses=8" in done.stderr
     host.train("warm", "on", **strict)
     host.evaluate("warm", "on", **strict)
-    again = json.loads(succeed(python("-m", "vlmfilm_plugin", "warmup", "--config", config, "--json", cwd=host.repo, **variables)))
+    again = json.loads(succeed(forked("-m", "vlmfilm_plugin", "warmup", "--config", config, "--json", cwd=host.repo, **variables)))
     assert (again["hits"], again["encoded"]) == (8, 0), "the run looked up other keys"
 
 
@@ -199,7 +200,7 @@ def test_odd_images_are_encoded_or_reported_and_the_huge_one_is_not_decoded(tmp_
     report = warm_up({str(folder)!r}, (), {{"encoder": "descriptor", "cache_dir": {str(tmp_path / "cache")!r}}}, show_progress=False)
     print(json.dumps([report.as_dict(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
     """
-    report, grown_kib = json.loads(succeed(run_code(code)).splitlines()[-1])
+    report, grown_kib = json.loads(succeed(forked_code(code)).splitlines()[-1])
     assert (report["total"], report["encoded"], report["failed"]) == (10, 5, 5)
     said = {Path(entry["path"]).name: entry["error"] for entry in report["failures"]}
     assert set(said) == {"huge.png", "large.png", "text.png", "cut.png", "gone.png"}
@@ -212,6 +213,14 @@ def test_the_command_reports_a_bad_image_and_returns_1(tmp_path: Path) -> None:
     (tmp_path / "imgs" / "bad.png").write_text("x")
     done = python("-m", "vlmfilm_plugin", "warmup", "imgs", "--set", "encoder=descriptor", "--no-progress", cwd=tmp_path)
     assert done.returncode == 1 and "encoded 2  failed 1" in done.stdout and "bad.png" in done.stdout and done.stderr == ""
+
+
+def test_a_pipe_and_a_name_of_dots_among_the_images_stop_nothing_and_are_not_passed_over(tmp_path: Path) -> None:
+    make_images(tmp_path / "imgs", 2)
+    (tmp_path / "imgs" / "0000.png").rename(tmp_path / "imgs" / "...png")
+    os.mkfifo(tmp_path / "imgs" / "pipe.png")
+    report = quiet(tmp_path / "imgs", tmp_path)
+    assert (report.total, report.encoded) == (3, 2) and [Path(path).name for path, _ in report.failures] == ["pipe.png"]
 
 
 @pytest.mark.parametrize(
@@ -355,10 +364,18 @@ def test_a_report_is_the_same_after_it_was_sent() -> None:
 
 def test_shard_files_are_merged_into_one(tmp_path: Path) -> None:
     make_images(tmp_path / "imgs", 21)
-    succeed(torchrun("imgs", "--set", "encoder=descriptor", "--set", "cache_dir=cache", "--shard-files", "--no-progress", cwd=tmp_path))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    command = ["-m", "vlmfilm_plugin", "warmup", "imgs", "--set", "encoder=descriptor", "--set", "cache_dir=cache", "--shard-files", "--no-progress"]
+    ranks = []
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        ranks.append(Fork(command, tmp_path / rank, tmp_path, RANK=rank, LOCAL_RANK=rank, **variables))
+    assert [rank.wait(120) for rank in ranks] == [0, 0], [rank.stderr.read_text() for rank in ranks]
     shards = sorted((tmp_path / "cache").glob("shard-*"))
     assert [len(keys_in(shard)) for shard in shards] == [11, 10]
-    succeed(python("-m", "vlmfilm_plugin", "cache", "merge", *shards, "cache", cwd=tmp_path))
+    succeed(forked("-m", "vlmfilm_plugin", "cache", "merge", *shards, "cache", cwd=tmp_path))
     assert quiet(tmp_path / "imgs", tmp_path).hits == 21
 
 
@@ -367,10 +384,14 @@ def test_shard_files_are_merged_into_one(tmp_path: Path) -> None:
 
 def test_a_store_of_the_first_schema_keeps_its_features(tmp_path: Path) -> None:
     from vlmfilm_plugin.features.store import sqlite_file as store_file
+    from vlmfilm_plugin.features.store.rows import bound
 
     quiet(make_images(tmp_path / "imgs", 3)[0].parent, tmp_path)
     with sqlite3.connect(tmp_path / "cache" / "features.sqlite") as new:
-        columns = "source_digest || '@' || source_place, dtype, width, data, checksum, created"
+        # A checksum was not yet bound to the encoder.
+        new.create_function("unbound", 2, bound)
+        checksum = "unbound(checksum, (SELECT fingerprint FROM namespaces WHERE id = namespace))"
+        columns = f"source_digest || '@' || source_place, dtype, width, data, {checksum}, created"
         rows = new.execute(f"SELECT namespace, key, source_size, source_mtime_ns, {columns} FROM features").fetchall()
         namespaces = new.execute("SELECT * FROM namespaces").fetchall()
     old = tmp_path / "old" / "features.sqlite"
@@ -422,5 +443,5 @@ def test_a_training_run_releases_its_encoder(tmp_path: Path, tiny_qwen: Path) ->
     config["trainer"] |= {"max_epochs": 3, "check_val_every_n_epoch": 3}
     path.write_text(yaml.safe_dump(config))
     variables = {**SETTINGS, "VLM_FILM_CACHE_DIR": str(tmp_path / "cache"), "VLM_FILM_ENCODER": "qwen2_5_vl", "VLM_FILM_MODEL_NAME": str(tiny_qwen)}
-    output = succeed(python("scripts/train.py", "--config", path, cwd=host.repo, VLM_FILM_MODE="on", **variables))
+    output = succeed(forked("scripts/train.py", "--config", path, cwd=host.repo, VLM_FILM_MODE="on", **variables))
     assert output.count("[VLM] encoder released: qwen2_5_vl; epoch 1 needed no encoding") == 1

@@ -14,11 +14,18 @@ from vlmfilm_plugin.checkpoints.facts import GATE_SETTINGS, METADATA, TRAINED_ST
 from vlmfilm_plugin.checkpoints.optimizer_state import match_optimizer_states
 from vlmfilm_plugin.checkpoints.soft_seg_layout import from_port
 from vlmfilm_plugin.checkpoints.soft_seg_reading import LATER_ENCODER_SETTINGS, PORT_ENCODER_SETTINGS, PORT_HEADS
-from vlmfilm_plugin.film.module import FilmModule, film_modules
+from vlmfilm_plugin.film.module import MARKER, FilmModule, film_modules
+from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 from vlmfilm_plugin.settings.record import Settings
 
 _ENCODER_SETTINGS = dict.fromkeys(
     ["encoder", "revision", "min_pixels", "max_pixels", "prompt_templates", "questionnaire", *PORT_ENCODER_SETTINGS, *LATER_ENCODER_SETTINGS]
+)
+
+# For whoever opens a checkpoint that a plain process would not load.
+NOTE = (
+    f"This checkpoint holds FiLM (the keys with {MARKER!r} in them), which a host by itself reports as unexpected keys. To load it, install "
+    f"vlmfilm-plugin and set {MODE_VARIABLE}=off, which gives the host's own output, or on, or shuffle."
 )
 
 
@@ -35,6 +42,7 @@ def write_metadata(model: nn.Module, settings: Settings, checkpoint: MutableMapp
         "architecture": architecture.as_dict(),
         "settings": {name: values[name] for name in (*_ENCODER_SETTINGS, *gate) if name in values},
         "mode": films[0].mode,
+        "note": NOTE,
     }
     checkpoint[TRAINED_STAGES] = [stage.index for stage in architecture.stages]
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pickle
 import re
+import stat
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,15 +29,21 @@ _PYTHON += [f"builtins.{name}" for name in ("dict", "list", "tuple", "int", "flo
 # How Lightning's weight averaging with an older torch names its annealing; `_annealing` stands for `getattr`.
 _ANNEALING = {"_cosine_anneal", "_linear_anneal"}
 _AVERAGING = ["torch.optim.swa_utils.SWALR", "builtins.getattr"]
+_SMALL = 1 << 20  # bytes: descriptions are smaller, weights mostly larger
+_BLOCK = 1 << 20
 SAFE = frozenset([*_NUMPY, *_MONAI, *(f"omegaconf.{name}" for name in _OMEGACONF), *_PYTHON, *_AVERAGING])
 
 
-def read_checkpoint(path: str | Path) -> Mapping[Any, Any]:
+def read_checkpoint(path: str | Path, *, is_whole: bool = False) -> Mapping[Any, Any]:
     """Return what a checkpoint file holds; tensors stay on disk where the format allows it.
 
+    Args:
+        is_whole: all of it is wanted, large tensors included: their checksums are compared, too.
+
     Raises:
-        CheckpointError: the file cannot be read, holds objects that only running code could make, or is no mapping.
+        CheckpointError: the file cannot be read, is damaged, holds objects that only running code could make, or is no mapping.
     """
+    _refuse_damaged(path, is_whole)
     try:
         content = _load(path)
     except pickle.UnpicklingError:
@@ -45,6 +54,38 @@ def read_checkpoint(path: str | Path) -> Mapping[Any, Any]:
         facts = {"file": path, "found": type(content).__name__, "expected": "a mapping"}
         raise CheckpointError("cannot use the checkpoint", facts, "give a checkpoint")
     return content
+
+
+def _refuse_damaged(path: str | Path, is_whole: bool) -> None:
+    """Compare a file's parts with the checksums that `torch.save` wrote, which `torch.load` looks at nowhere."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("a folder, a device or a pipe")
+        if not zipfile.is_zipfile(path):
+            return  # torch's format before 1.6 has none
+        with zipfile.ZipFile(path) as file:
+            parts = file.infolist()
+            if not any(part.CRC for part in parts):
+                return  # `torch.serialization.set_crc32_options(False)`
+            wrong = [part.filename for part in parts if (is_whole or part.file_size <= _SMALL) and not _is_sound(file, part)]
+    except Exception as error:  # a damaged directory of the archive: `zipfile` raises anything
+        raise _unreadable(path, error) from error
+    if wrong:
+        facts = {"file": path, "found": f"other content than its checksum says: {', '.join(wrong)[:200]}", "expected": "what `torch.save` wrote"}
+        raise CheckpointError("cannot read the checkpoint: the file is damaged", facts, "copy it again, or take an earlier checkpoint")
+
+
+def _is_sound(file: zipfile.ZipFile, part: zipfile.ZipInfo) -> bool:
+    # What torch writes is as it is; something packed would be no tensor's bytes, and could grow without end.
+    if part.compress_type != zipfile.ZIP_STORED:
+        return False
+    try:
+        with file.open(part) as content:
+            while content.read(_BLOCK):
+                pass
+    except zipfile.BadZipFile:
+        return False
+    return True
 
 
 def _load(path: str | Path) -> Any:

@@ -57,7 +57,12 @@ def _cache_dir(arguments: argparse.Namespace) -> str:
 
 
 def _date(seconds: float | None) -> str:
-    return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    if seconds is None:
+        return "-"
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (TypeError, ValueError, OverflowError, OSError):  # a damaged row holds anything
+        return repr(seconds)[:40]
 
 
 def _say(arguments: argparse.Namespace, facts: dict[str, Any], *lines: str) -> None:

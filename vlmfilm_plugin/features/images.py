@@ -7,6 +7,7 @@ an image without dark pixels would then be read as a different one. Knows nothin
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +50,10 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Open an image file of a known format without decoding it; raises what PIL raises."""
+    """Open an image file of a known format without decoding it; raises what PIL raises, and OSError for what is no regular file."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        # Opening a pipe waits for its other side, and a device has no end.
+        raise OSError("a folder, a device or a pipe")
     return Image.open(path, formats=FORMATS)
 
 

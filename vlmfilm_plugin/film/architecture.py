@@ -12,6 +12,7 @@ format up to this one has.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -162,7 +163,7 @@ def _checked(name: str, description: Mapping[str, Any]) -> Any:
         raise _unusable({"found": f"no field {name!r}", "expected": row["expected"]}, "load a checkpoint that this plugin wrote")
     value = description.get(name)
     if not row["is_valid"](value):
-        raise _unusable({"found": f"{name} {str(value)[:100]}", "expected": row["expected"]}, "load a checkpoint that this plugin wrote")
+        raise _unusable({"found": f"{name} {reprlib.repr(value)}", "expected": row["expected"]}, "load a checkpoint that this plugin wrote")
     return value
 
 

@@ -6,6 +6,8 @@ constant, `[FILM-SHUFFLE]` once an epoch, `[VLM] cache_stats`. Reading a statist
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import math
 from collections import Counter, defaultdict
@@ -19,8 +21,10 @@ from torch import Tensor
 from vlmfilm_plugin.features.cache_key import split_in
 from vlmfilm_plugin.features.samples import CacheStats
 from vlmfilm_plugin.features.shuffle import permutation_hash
+from vlmfilm_plugin.film.module import MARKER
 from vlmfilm_plugin.film.statistics import statistics
 from vlmfilm_plugin.log import film_logger, is_rank_zero
+from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 from vlmfilm_plugin.settings.record import Settings
 
 CONSTANT_STD = 1e-6
@@ -67,6 +71,22 @@ def write_cache_key(key: str, source: str) -> None:
     """Write how the images of a batch are named, `[VLM] cache_key_...`: the first one's key, and what gave it."""
     film_logger().info("[VLM] cache_key_example: %s", key)
     film_logger().info("[VLM] cache_key_source: %s", source)
+
+
+@functools.cache
+def write_how_to_load_at_exit() -> None:
+    """Let the last line of a run that trains say how its checkpoints are loaded; asked for again, it is still one line."""
+    # What is registered first comes last.
+    atexit.register(_write_how_to_load)
+
+
+def _write_how_to_load() -> None:
+    film_logger().info(
+        "[VLM] checkpoints of this run hold FiLM: load them with %s=off (the host's own output), on or shuffle; "
+        "a plain process reports unexpected keys (%s)",
+        MODE_VARIABLE,
+        MARKER.strip("."),
+    )
 
 
 class ModelLines:

@@ -28,7 +28,7 @@ from vlmfilm_plugin.forward.handle import FilmHandle
 from vlmfilm_plugin.host_spec import PHASES, RowMap, UNet, same_rows
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.run.film_state import FilmStates
-from vlmfilm_plugin.run.log_lines import Diagnostics
+from vlmfilm_plugin.run.log_lines import Diagnostics, write_how_to_load_at_exit
 from vlmfilm_plugin.run.running_batch import HostBatch, RunningBatch
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE, refuse_changed_mode
 from vlmfilm_plugin.settings.port_names import without_effect
@@ -181,6 +181,7 @@ class Runtime:
         """Add FiLM's metadata to a checkpoint that the host is about to save."""
         if films := film_modules(model):
             write_metadata(model, self.states.settings_of(films[0]), checkpoint)
+            write_how_to_load_at_exit()
 
     def load_checkpoint(self, model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         """Make a checkpoint fit before the host loads it strictly."""
@@ -220,6 +221,9 @@ class Runtime:
         doing = _doing(owner)
         epoch = getattr(owner, "current_epoch", None)
         given = HostBatch(batch, phase, value_range, rows, step, epoch, batch_idx, is_fit=doing in (None, "fit"), is_in_fit=doing == "fit")
+        if phase == "train" and self.attached:
+            # A host's loop may save by `torch.save` alone, which nothing here sees.
+            write_how_to_load_at_exit()
         running = RunningBatch(given, self.states, self.diagnostics, self.files)
         self.diagnostics.enter_phase(phase)
         with conditioning.in_force(running):

@@ -95,7 +95,8 @@ def loads(text: str) -> object:
         raise BadYaml(place, " ".join(str(error.problem or error.context or error).split())) from error
     except BadYaml:
         raise
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date or number
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        # An impossible date or number, or a tag such as `!!bool` on what is none: YAML's own constructors raise anything for these.
         raise BadYaml("the file", " ".join(str(error).split())[:200]) from error
 
 

@@ -26,7 +26,7 @@ logger = logging.getLogger("vlmfilm.warmup")
 
 CONFIG_SUFFIXES = frozenset({".yaml", ".yml"})
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm", ".jp2"})
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm", ".jp2")
 _COLUMNS = ("path", "key", "name", "split")
 
 
@@ -153,7 +153,7 @@ def _walk(folder: Path) -> Iterable[Path]:
             continue
         seen.add(real)
         folders.sort()
-        yield from (Path(here, name) for name in sorted(files) if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+        yield from (Path(here, name) for name in sorted(files) if name.lower().endswith(IMAGE_SUFFIXES))
 
 
 def _unreadable(path: Path, error: Exception, expected: str) -> SettingsError:

@@ -67,7 +67,7 @@ def stats(file: StoreFile) -> list[Namespace]:
         " GROUP BY namespaces.id ORDER BY namespaces.id"
     )
     with file.use("read") as connection:
-        return [Namespace(fingerprint, _facts(facts), *figures) for fingerprint, facts, *figures in connection.execute(statement)]
+        return [Namespace(str(fingerprint), _facts(facts), *figures) for fingerprint, facts, *figures in connection.execute(statement)]
 
 
 @dataclass
@@ -99,7 +99,7 @@ def verify(file: StoreFile) -> Verification:
                     found.problems.append(f"namespace {fingerprint}: its facts do not give its fingerprint")
                 for row in _rows(connection, identifier):
                     found.checked += 1
-                    if decode(row) is None:
+                    if decode(row, fingerprint) is None:
                         found.damaged.append((fingerprint, key_to_text(row.key)))
         except sqlite3.DatabaseError as error:
             found.problems.append(f"SQLite said: {error}")
@@ -130,7 +130,7 @@ def merge(source: StoreFile, target: StoreFile, done: Merged) -> None:
 
 def put(target: StoreFile, fingerprint: str, facts: str, rows: Sequence[Row], done: Merged) -> None:
     """Write rows of one namespace in one transaction, the newer of two with one key and content; count into `done`."""
-    sound = [row for row in rows if decode(row) is not None and isinstance(row.created, float) and is_facts_of(facts, fingerprint)]
+    sound = [row for row in rows if decode(row, fingerprint) is not None and is_facts_of(facts, fingerprint)]
     done.damaged += len(rows) - len(sound)
     statement = "SELECT features.created FROM features JOIN namespaces ON namespace = namespaces.id"
     statement += " WHERE fingerprint = ? AND key = ? AND source_digest = ?"
@@ -196,19 +196,22 @@ def show(file: StoreFile, key: str, namespace: str | None = None) -> list[dict[s
                 continue
             statement = f"SELECT {COLUMNS} FROM features WHERE namespace = ? AND key = ? ORDER BY features.created"
             for row in map(Row._make, connection.execute(statement, (identifier, key_to_bytes(key))).fetchall()):
-                result.append({"key": key, "namespace": fingerprint, "facts": _facts(facts), **_described(row)})
+                result.append({"key": key, "namespace": fingerprint, "facts": _facts(facts), **_described(row, fingerprint)})
     return result
 
 
-def _described(row: Row) -> dict[str, Any]:
-    feature, stamp = decode(row), stamp_of(row)
+def _described(row: Row, fingerprint: str) -> dict[str, Any]:
+    feature = decode(row, fingerprint)
+    if feature is None:  # its other columns may hold anything
+        return {**dict.fromkeys(("stamp", "note", "dtype", "width", "norm")), "is_damaged": True, "created": None}
+    stamp = stamp_of(row)
     return {
         "stamp": None if stamp is None else stamp._asdict(),
         "note": row.note,
         "dtype": row.dtype,
         "width": row.width,
-        "norm": None if feature is None else float(np.linalg.norm(feature.astype(np.float32))),
-        "is_damaged": feature is None,
+        "norm": float(np.linalg.norm(feature.astype(np.float32))),
+        "is_damaged": False,
         "created": row.created,
     }
 
@@ -221,7 +224,8 @@ def similar_keys(file: StoreFile, text: str, limit: int = 5) -> list[str]:
 
 
 def _namespaces(connection: sqlite3.Connection) -> list[tuple[int, str, str]]:
-    return connection.execute("SELECT id, fingerprint, facts FROM namespaces ORDER BY id").fetchall()
+    # A damaged name may be bytes.
+    return [(number, str(name), facts) for number, name, facts in connection.execute("SELECT id, fingerprint, facts FROM namespaces ORDER BY id")]
 
 
 def _rows(connection: sqlite3.Connection, namespace: int) -> Iterator[Row]:
@@ -255,9 +259,9 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-def _facts(text: str) -> dict[str, Any]:
+def _facts(text: object) -> dict[str, Any]:
     try:
-        facts = json.loads(text)
-    except ValueError:
-        return {"unreadable": text}
-    return facts if isinstance(facts, dict) else {"unreadable": text}
+        facts = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        facts = None
+    return facts if isinstance(facts, dict) else {"unreadable": str(text)[:200]}

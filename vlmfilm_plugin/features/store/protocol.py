@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -40,6 +41,8 @@ class SourceStamp(NamedTuple):
         """
         state = hashlib.blake2b(digest_size=16)
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise OSError("a folder, a device or a pipe")
             with open(path, "rb") as file:
                 status = os.fstat(file.fileno())
                 while block := file.read(1 << 20):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 import zlib
 from typing import Any, NamedTuple
@@ -34,8 +35,8 @@ class Row(NamedTuple):
 COLUMNS = ", ".join(Row._fields)
 
 
-def encode(item: StoredFeature, dtype: str) -> Row:
-    """Return the row that stores a feature in `dtype`.
+def encode(item: StoredFeature, dtype: str, fingerprint: str) -> Row:
+    """Return the row that stores a feature of this encoder in `dtype`.
 
     Raises:
         FeatureError: it is no (F,), not finite, or too large for `dtype`.
@@ -64,20 +65,25 @@ def encode(item: StoredFeature, dtype: str) -> Row:
         dtype=dtype,
         width=kept.size,
         data=data,
-        checksum=checksum(key, data, note),
+        checksum=bound(checksum(key, data, note), fingerprint),
         created=time.time(),
         note=note,
     )
 
 
-def decode(row: Row) -> np.ndarray[Any, Any] | None:
-    """Return the feature (F,) of a row, a view in the dtype it is stored in, or None where the row is damaged."""
+def decode(row: Row, fingerprint: str) -> np.ndarray[Any, Any] | None:
+    """Return the feature (F,) of a row of this encoder, a view in the dtype it is stored in, or None where the row is damaged or another's."""
     key, data, note = row.key, row.data, row.note
     # SQLite keeps any type in any column: a damaged row can hold a number where text was written.
     if not (isinstance(key, bytes) and isinstance(data, bytes) and (note is None or isinstance(note, str))):
         return None
-    dtype = DTYPES.get(row.dtype)
-    if dtype is None or checksum(key, data, note) != row.checksum or divmod(len(data), dtype.itemsize) != (row.width, 0):
+    size, place = row.source_size, row.source_place
+    if not (isinstance(row.source_digest, str) and (size is None or isinstance(size, int)) and (place is None or isinstance(place, str))):
+        return None
+    if not (isinstance(row.created, float) and (row.source_mtime_ns is None or isinstance(row.source_mtime_ns, int))):
+        return None
+    dtype = DTYPES.get(row.dtype) if isinstance(row.dtype, str) else None
+    if dtype is None or bound(checksum(key, data, note), fingerprint) != row.checksum or divmod(len(data), dtype.itemsize) != (row.width, 0):
         return None
     return np.frombuffer(data, dtype)
 
@@ -95,9 +101,18 @@ def checksum(key: bytes, data: bytes, note: str | None) -> int:
     return crc if note is None else zlib.crc32(note.encode(), crc)
 
 
+def bound(crc: Any, fingerprint: object) -> Any:
+    """Return a checksum that is right in the namespace of this fingerprint alone; twice, it is the first one. What is no number stays as it is."""
+    return crc ^ zlib.crc32(str(fingerprint).encode("utf-8", "replace")) if isinstance(crc, int) else crc
+
+
 def is_facts_of(facts: str, fingerprint: str) -> bool:
-    """Tell whether facts as they are stored give this fingerprint (`EncoderIdentity.fingerprint`)."""
-    return fingerprint.rsplit("-", 1)[-1] == hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
+    """Tell whether facts as they are stored give this fingerprint (`EncoderIdentity.fingerprint`); both may be anything that a file holds."""
+    try:
+        name = json.loads(facts).get("encoder", "encoder")
+        return fingerprint == f"{name}-{hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()}"
+    except (AttributeError, TypeError, ValueError, RecursionError):
+        return False
 
 
 def key_to_bytes(key: str) -> bytes:

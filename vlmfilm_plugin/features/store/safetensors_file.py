@@ -16,7 +16,7 @@ import numpy as np
 
 from vlmfilm_plugin.errors import StoreError
 from vlmfilm_plugin.features.store.admin import ROWS, Merged, Namespace, put, rows_of
-from vlmfilm_plugin.features.store.rows import Row, checksum, decode, is_facts_of, key_to_bytes, key_to_text
+from vlmfilm_plugin.features.store.rows import Row, bound, checksum, decode, is_facts_of, key_to_bytes, key_to_text
 from vlmfilm_plugin.features.store.sqlite_file import StoreFile
 from vlmfilm_plugin.files import new_file, refuse_to_replace
 
@@ -38,7 +38,10 @@ def export(file: StoreFile, space: Namespace, path: str | os.PathLike[str], *, f
     refuse_to_replace(path, what, inputs=store, force=force, error=StoreError)
     with file.use("read") as connection:
         facts, stored = rows_of(connection, space.fingerprint)
-        rows = [(row, feature) for row in stored if (feature := decode(row)) is not None]
+        if not is_facts_of(facts, space.fingerprint):
+            found = {"namespace": space.fingerprint, "found": f"facts of another encoder, or none: {str(facts)[:100]}"}
+            raise StoreError("cannot export: whose features these are is damaged", found, "encode the images again")
+        rows = [(row, feature) for row in stored if (feature := decode(row, space.fingerprint)) is not None]
     if not rows:
         raise StoreError("cannot export: no sound feature in this namespace", {"namespace": space.fingerprint}, "choose another one")
     dtype = "<f4" if any(row.dtype == "float32" for row, _ in rows) else "<f2"
@@ -62,7 +65,7 @@ def import_file(file: StoreFile, path: str | os.PathLike[str]) -> tuple[str, Mer
     try:
         features, described = tensors["features"], json.loads(tensors["rows"].tobytes())
         dtype = {"float16": "float16", "float32": "float32"}[str(features.dtype)]
-        rows = [_row(entry, feature, dtype) for entry, feature in zip(described, features, strict=True)]
+        rows = [_row(entry, feature, dtype, metadata["fingerprint"]) for entry, feature in zip(described, features, strict=True)]
         fingerprint, facts = metadata["fingerprint"], metadata["facts"]
         if not is_facts_of(facts, fingerprint):
             raise ValueError(f"facts that are not those of {fingerprint}")
@@ -95,7 +98,7 @@ def _describe(row: Row, data: bytes) -> dict[str, Any]:
     return {"key": key_to_text(row.key), "stamp": stamp, "note": row.note, "created": row.created, "checksum": checksum(row.key, data, row.note)}
 
 
-def _row(entry: dict[str, Any], feature: np.ndarray[Any, Any], dtype: str) -> Row:
+def _row(entry: dict[str, Any], feature: np.ndarray[Any, Any], dtype: str, fingerprint: str) -> Row:
     size, mtime_ns, text = entry["stamp"] or (None, None, "")
     digest, _, place = text.partition("@")
     return Row(
@@ -107,7 +110,7 @@ def _row(entry: dict[str, Any], feature: np.ndarray[Any, Any], dtype: str) -> Ro
         dtype=dtype,
         width=feature.size,
         data=feature.tobytes(),
-        checksum=entry["checksum"],
+        checksum=bound(entry["checksum"], fingerprint),
         created=float(entry["created"]),
         note=entry["note"],
     )

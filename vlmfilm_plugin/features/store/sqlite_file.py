@@ -1,10 +1,11 @@
 """The SQLite file of the feature store: schema and migrations, connections, transactions, and errors with a fix.
 
-Knows nothing of features: it hands out connections that are safe for this process and thread.
+Knows nothing of features but what binds a checksum to its encoder: it hands out connections that are safe for this process and thread.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sqlite3
 import threading
@@ -14,9 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlmfilm_plugin.errors import StoreError
+from vlmfilm_plugin.features.store.rows import bound
 from vlmfilm_plugin.files import touch
 
 FILE_NAME = "features.sqlite"
+
+# A row's checksum as it is since version 4: right under its own encoder's fingerprint alone.
+_BOUND = "vlmfilm_bound(checksum, (SELECT fingerprint FROM main.namespaces WHERE id = namespace))"
 
 # Versions 1 and 2 kept digest and place in one text, `digest@place`, and one row a key.
 _FROM_2 = (
@@ -56,10 +61,18 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "DROP TABLE features_2",
         "CREATE INDEX features_by_content ON features (namespace, source_size, source_digest)",
     ),
+    (f"UPDATE features SET checksum = {_BOUND}",),
 )
 
-# A store of version 2 that cannot be written is read through this view, which stands before the table of the same name.
-_VIEW_OF_2 = f"CREATE TEMP VIEW features AS SELECT {_FROM_2} FROM main.features"
+# What is in a file, but for SQLite's own; one text for what an index of SQLite's own has no text for.
+_SCHEMA = "SELECT type, name, coalesce(sql, '') FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY name"
+
+# A store of an older version that cannot be written is read through a view, which stands before the table of the same name.
+_FROM_3 = "namespace, key, source_size, source_mtime_ns, source_digest, source_place, dtype, width, data, checksum, created, note"
+_VIEWS = {
+    version: f"CREATE TEMP VIEW features AS SELECT {columns.replace('checksum', f'{_BOUND} AS checksum')} FROM main.features"
+    for version, columns in ((2, _FROM_2), (3, _FROM_3))
+}
 
 _DELETE = f"delete {FILE_NAME} with its -wal and -shm files; features are encoded again"
 _FIXES = (
@@ -108,7 +121,7 @@ class StoreFile:
             raise StoreError(f"cannot {action} the feature store: it is closed", {"file": self.path}, "open a new FeatureStore")
         try:
             yield self._connection()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError, OverflowError) as error:  # what SQLite says of a damaged file may be no text
             fix = next((fix for said, fix in _FIXES if said in str(error).lower()), "check the disk and the folder of the file")
             facts = {"file": self.path, "SQLite said": str(error), "expected": "a feature store that can be read and written"}
             raise StoreError(f"cannot {action} the feature store", facts, fix) from error
@@ -138,9 +151,10 @@ class StoreFile:
         # immutable: SQLite would otherwise make files beside the database, which it cannot there.
         connection = _connect(f"{self.path.resolve().as_uri()}?mode=ro&immutable=1", self._timeout_s, uri=True)
         try:
+            _refuse_foreign(connection, self.path)
             version = _version(connection)
-            if version == 2:
-                connection.execute(_VIEW_OF_2)
+            if version in _VIEWS:
+                connection.execute(_VIEWS[version])
             elif version != len(_MIGRATIONS):
                 raise StoreError(
                     "cannot open the feature store: it is read-only and of another schema",
@@ -155,10 +169,12 @@ class StoreFile:
     def _open_writable(self) -> sqlite3.Connection:
         connection = _connect(self.path, self._timeout_s)
         try:
+            # Before anything is written: a file of somebody else's is left as it is.
+            _until(self._timeout_s, lambda: _refuse_foreign(connection, self.path))
             _until(self._timeout_s, lambda: connection.execute("PRAGMA journal_mode = WAL").fetchone())
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute("PRAGMA cache_size = -16384")  # KiB: the key index of a large store stays in memory
-            _migrate(connection, self.path)
+            _migrate(connection)
         except BaseException:
             connection.close()
             raise
@@ -170,7 +186,12 @@ def _connect(place: str | Path, timeout_s: float, *, uri: bool = False) -> sqlit
     connection = sqlite3.connect(place, uri=uri, timeout=timeout_s, isolation_level=None, check_same_thread=False)
     # A damaged text must fail its row's check, not the whole read.
     connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+    _add_functions(connection)
     return connection
+
+
+def _add_functions(connection: sqlite3.Connection) -> None:
+    connection.create_function("vlmfilm_bound", 2, lambda crc, fingerprint: bound(crc, str(fingerprint)))
 
 
 @contextmanager
@@ -187,14 +208,50 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
+    """Check that the file is empty, or a store of ours and nothing else: a trigger, a view or a computed column would run in our statements."""
+    with _one_view(connection):
+        version = _version(connection)
+        found = set(connection.execute(_SCHEMA))
+    if not 0 <= version <= len(_MIGRATIONS):
+        raise StoreError(
+            "cannot open the feature store: unknown schema",
+            {"file": path, "found": f"version {version}", "expected": f"version {len(_MIGRATIONS)} or older"},
+            "upgrade vlmfilm-plugin, or set `cache_dir` to another folder",
+        )
+    expected = _schema_after(_MIGRATIONS[:version])
+    if strange := sorted(f"{kind} {name}" for kind, name, _ in found ^ expected):
+        facts = {"file": path, "found": ", ".join(strange)[:200], "expected": f"the tables of version {version}, or an empty file"}
+        raise StoreError("cannot open the feature store: this database is none, or was changed", facts, "set `cache_dir` to another folder")
+
+
+@contextmanager
+def _one_view(connection: sqlite3.Connection) -> Iterator[None]:
+    """Let reads inside see one moment of the file."""
+    connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+
+@functools.cache
+def _schema_after(migrations: tuple[tuple[str, ...], ...]) -> frozenset[tuple[str, str, str]]:
+    """Return what a file holds after these migrations, as `_SCHEMA` gives it."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    _add_functions(connection)
+    try:
+        for migration in migrations:
+            for statement in migration:
+                connection.execute(statement)
+        return frozenset(connection.execute(_SCHEMA))
+    finally:
+        connection.close()
+
+
+def _migrate(connection: sqlite3.Connection) -> None:
     while (version := _version(connection)) != len(_MIGRATIONS):
-        if not 0 <= version < len(_MIGRATIONS):
-            raise StoreError(
-                "cannot open the feature store: unknown schema",
-                {"file": path, "found": f"version {version}", "expected": f"version {len(_MIGRATIONS)} or older"},
-                "upgrade vlmfilm-plugin, or set `cache_dir` to another folder",
-            )
         with transaction(connection):
             # Another process may have migrated while this one waited for the lock.
             if _version(connection) == version:

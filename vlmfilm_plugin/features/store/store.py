@@ -103,20 +103,21 @@ class FeatureStore:
 
     def _select(self, identity: EncoderIdentity, condition: str, mark: str, values: Sequence[tuple[object, ...]]) -> list[StoredFeature]:
         """Return rows under a condition whose braces stand for one mark a value."""
-        found: list[Row] = []
+        found: list[tuple[Row, str]] = []
         # Today's name last: what was stored under it stands before what was stored under a former one.
         names = identity.fingerprints[::-1]
         with self._file.use("read") as connection:
             for name, start in ((name, start) for name in names for start in range(0, len(values), _VALUES_PER_SELECT)):
                 part = values[start : start + _VALUES_PER_SELECT]
                 statement = _SELECT + condition.format(",".join([mark] * len(part)))
-                found += map(Row._make, connection.execute(statement, (name, *[x for value in part for x in value])))
+                rows = connection.execute(statement, (name, *[x for value in part for x in value]))
+                found += [(Row._make(row), name) for row in rows]
         if len(found) > len(values):
-            found.sort(key=lambda row: row.created if isinstance(row.created, float) else 0.0)
-        return [stored for row in found if (stored := self._stored(row)) is not None]
+            found.sort(key=lambda item: item[0].created if isinstance(item[0].created, float) else 0.0)
+        return [stored for row, name in found if (stored := self._stored(row, name)) is not None]
 
-    def _stored(self, row: Row) -> StoredFeature | None:
-        feature = decode(row)
+    def _stored(self, row: Row, fingerprint: str) -> StoredFeature | None:
+        feature = decode(row, fingerprint)
         if feature is None:
             logger.warning("[VLM] damaged feature left out: key %r in %s", key_to_text(row.key), self.path)
             return None
@@ -139,7 +140,7 @@ class FeatureStore:
             FeatureError: NaN, infinity, a value that `embedding_dtype` cannot hold, or mixed widths.
             StoreError: the file cannot be written.
         """
-        encoded = [encode(row, self.embedding_dtype) for row in rows]
+        encoded = [encode(row, self.embedding_dtype, identity.fingerprint) for row in rows]
         if not encoded:
             return
         with self._file.use("write") as connection, transaction(connection):
