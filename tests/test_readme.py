@@ -50,8 +50,8 @@ RUN = """
 import torch
 from tinyhost.model import Trainer
 trainer = Trainer()
-images = torch.rand(3, 1, 16, 16)
-for _ in range(3):
+for _ in range(4):
+    images = torch.rand(3, 1, 16, 16)
     trainer.train_step(images)
 film = trainer.unet.vlm_film
 print([s.path for s in film.architecture.stages], bool(film.heads[0].mlp[2].weight.abs().sum() > 0), tuple(trainer.predict(images).shape))
@@ -81,7 +81,7 @@ def test_the_adapter_example_is_complete_and_trains_its_host(tmp_path: Path) -> 
     (info / "entry_points.txt").write_text(f"[vlmfilm.hosts]\n{entry.group(1)} = {entry.group(2)}\n")
     variables = {"PYTHONPATH": str(tmp_path), "VLM_FILM_ENCODER": "descriptor"}
     output = succeed(run_code(RUN, cwd=tmp_path, VLM_FILM_MODE="on", **variables))
-    assert output.splitlines()[-1] == "['decoder.0.block2', 'decoder.1.block2'] True (3, 1, 16, 16)"
+    assert "['decoder.0.block2', 'decoder.1.block2'] True (3, 1, 16, 16)" in output.splitlines()
     plain = forked_code("from tinyhost.model import Trainer; print(hasattr(Trainer().unet, 'vlm_film'))", cwd=tmp_path, **variables)
     assert succeed(plain) == "False\n"
 

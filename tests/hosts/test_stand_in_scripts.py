@@ -11,6 +11,10 @@ import torch
 from processes import forked, forked_code, python, succeed
 from stand_in import StandIn
 
+from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
+from vlmfilm_plugin.features.images import read_image
+from vlmfilm_plugin.film.feature_statistics import read_facts
+
 FLOW, MULTITASK, DIFFUSION = "medsegdiff_flow", "medsegdiff_flow_multitask", "medsegdiff"
 
 
@@ -40,6 +44,11 @@ def test_training_moves_the_heads_inside_the_unet_and_the_checkpoint_describes_t
     assert all(film[f"unet.base_unet.vlm_film.heads.{i}.mlp.2.weight"].abs().sum() > 0 for i in range(2))
     assert checkpoint["vlm_film_trained_stages"] == [0, 1]
     assert checkpoint["vlm_film"]["settings"]["encoder"] == "descriptor"
+    # Four training images, two of validation and three of the test; the run averages its weights (SWA).
+    statistics = read_facts(film["unet.base_unet.vlm_film.feature_transform._extra_state"])
+    assert statistics is not None and (statistics.count, statistics.split, statistics.is_frozen) == (4, "train", True)
+    expected = DescriptorEncoder().encode([read_image(path) for path in sorted((trained[0].data / "train" / "image").glob("*.png"))]).half().double()
+    assert torch.equal(film["unet.base_unet.vlm_film.feature_transform.mean"], expected.mean(0).float())
 
 
 def test_training_prints_the_lines_of_a_film_run(trained: tuple[StandIn, str]) -> None:
@@ -107,7 +116,7 @@ def test_a_plain_baseline_is_not_evaluated_under_the_name_of_film(stand_in: Stan
         assert "CheckpointError" in str(failed.value) and "would give a plain baseline's numbers the name of FiLM" in str(failed.value)
         assert not (stand_in.output(f"plain-{mode}") / "metrics.json").exists()
     stand_in.evaluate("plain", "off", VLM_FILM_ENCODER="descriptor")
-    output = stand_in.evaluate("plain", "on", VLM_FILM_ENCODER="descriptor", VLM_FILM_STRICT="0")
+    output = stand_in.evaluate("plain", "on", VLM_FILM_ENCODER="descriptor", VLM_FILM_STRICT="0", VLM_FILM_FEATURE_TRANSFORM="none")
     assert output.count("would give a plain baseline's numbers") == 1
     scores = [json.loads((stand_in.output(f"plain-{mode}") / "metrics.json").read_text()) for mode in (None, "off", "on")]
     assert scores[0] == scores[1] == scores[2]
@@ -194,6 +203,9 @@ def test_multitask_and_diffusion_train_and_evaluate(stand_in: StandIn, arch: str
     prefixes = {name.split("vlm_film")[0] for name in state if "vlm_film" in name}
     assert prefixes == ({"unet.base_unet."} if arch == MULTITASK else {"diffusion_model.model.", "ema_model.model."})
     assert all(state[f"{prefix}vlm_film.heads.0.mlp.2.weight"].abs().sum() > 0 for prefix in prefixes)
+    # An EMA copy was made before anything was known of the training images.
+    means = [state[f"{prefix}vlm_film.feature_transform.mean"] for prefix in prefixes]
+    assert float(means[0].norm()) > 0 and all(torch.equal(mean, means[0]) for mean in means)
     for mode in ("on", "off", "shuffle"):
         stand_in.evaluate(arch, mode, arch)
 
@@ -244,7 +256,8 @@ def test_text_mode_conditions_the_host(stand_in: StandIn, tiny_qwen: Path) -> No
 def test_a_frozen_host_keeps_every_weight_and_its_optimizer_holds_film_alone(stand_in: StandIn) -> None:
     stand_in.train("frozen", "on", VLM_FILM_FREEZE_HOST="1")
     checkpoint = load(stand_in.checkpoint("frozen"))
-    film = [name for name in checkpoint["state_dict"] if "vlm_film" in name and not name.endswith("_extra_state")]
+    film = [name for name in checkpoint["state_dict"] if "vlm_film." in name and not name.endswith("_extra_state")]
+    film = [name for name in film if ".feature_transform." not in name]
     assert len(checkpoint["optimizer_states"][0]["param_groups"][0]["params"]) == len(film)
     code = f"""
     import torch, yaml, lightning as L

@@ -21,7 +21,7 @@ from vlmfilm_plugin.settings.layers import resolve
 
 class Run:
     def __init__(self, folder: Path, mode: str = "on") -> None:
-        settings = resolve([("argument", {"encoder": "descriptor", "cache_dir": str(folder)})])
+        settings = resolve([("argument", {"encoder": "descriptor", "cache_dir": str(folder), "feature_transform": "none"})])
         self.unet: nn.Module = SmallUNet()
         self.handle = install(self.unet, settings, mode)
         self.states, self.diagnostics = FilmStates(lambda: settings), Diagnostics(settings)
@@ -29,7 +29,7 @@ class Run:
     def forward(self, phase: str, *, is_fit: bool, has_trainer: bool = True, unet: nn.Module | None = None) -> None:
         unet = unet or self.unet
         unet.train(phase == "train")
-        batch = HostBatch({"image": torch.rand(2, 1, 8, 8)}, phase, (0.0, 1.0), step=1, batch_idx=1, is_fit=is_fit, has_trainer=has_trainer)
+        batch = HostBatch({"image": torch.rand(2, 1, 8, 8)}, phase, (0.0, 1.0), step=1, batch_idx=1, is_fit=is_fit, is_in_fit=is_fit and has_trainer)
         with torch.set_grad_enabled(phase == "train"), in_force(RunningBatch(batch, self.states, self.diagnostics, {})):
             unet(*inputs(2))
 

@@ -86,7 +86,7 @@ def test_an_adapter_of_low_rank_that_freezes_everything_else_is_refused(monkeypa
     block = next(module for module in unet.modules() if isinstance(module, nn.Conv2d))
     block.register_parameter("lora_A", nn.Parameter(torch.zeros(2, 2)))
     backward(unet)
-    with pytest.raises(HostError, match="a wrapper that trains adapters alone"):
+    with pytest.raises(HostError, match="a wrapper that trains its own weights alone"):
         torch.optim.SGD([block.lora_A], lr=0.1).step()
 
 

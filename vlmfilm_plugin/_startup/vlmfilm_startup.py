@@ -141,8 +141,6 @@ def _block(error):
         # A repo without a host adapter would train as a baseline.
         raise SystemExit(message)
 
-    try:
-        from torch.optim.optimizer import register_optimizer_step_pre_hook
-    except ImportError:
-        return
-    register_optimizer_step_pre_hook(refuse)
+    optimizers = sys.modules.get("torch.optim.optimizer")
+    if optimizers is not None:
+        optimizers.register_optimizer_step_pre_hook(refuse)

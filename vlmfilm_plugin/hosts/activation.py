@@ -144,13 +144,13 @@ class Activation:
         return nothing_attached(optimizer, self.environ.get(MODE_VARIABLE), self._adapters, self.seen, failures)
 
     def _refuse_failed(self, name: str, adapter: str, failure: BaseException) -> None:
-        """Stop a host whose own adapter cannot be loaded."""
+        """Stop a host whose own host adapter cannot be loaded."""
         from vlmfilm_plugin.errors import HostError
 
         if self.is_strict:
             raise HostError(
                 f"{MODE_VARIABLE}={self.environ.get(MODE_VARIABLE)} asks for FiLM, but the host adapter of {name} cannot be loaded",
-                {"host adapter": adapter, "found": f"{type(failure).__name__}: {failure}", "expected": "an adapter that can be imported"},
+                {"host adapter": adapter, "found": f"{type(failure).__name__}: {failure}", "expected": "a host adapter that can be imported"},
                 f"correct or uninstall it; {STRICT_VARIABLE}=0 makes this a warning",
             )
 

@@ -15,14 +15,14 @@ from vlmfilm_plugin.settings.mode import MODE_VARIABLE, STRICT_VARIABLE
 
 
 def nothing_attached(
-    optimizer: str, mode: str | None, adapters: Mapping[str, Sequence[EntryPoint]], seen: Mapping[str, str], failures: Mapping[str, BaseException]
+    optimizer: str, mode: str | None, entries: Mapping[str, Sequence[EntryPoint]], seen: Mapping[str, str], failures: Mapping[str, BaseException]
 ) -> HostError:
     """Return the error of a process that was asked for FiLM and is about to train without it.
 
     Args:
         optimizer: what is about to update.
         mode: what the variable says.
-        adapters: host module -> host adapters that name it.
+        entries: host module -> entry points of the host adapters that name it.
         seen: host modules that were imported -> what became of them.
         failures: host adapters that could not be loaded, as `name = value` -> error.
     """
@@ -31,9 +31,9 @@ def nothing_attached(
     facts |= {f"host adapter {name}": f"cannot be loaded: {type(error).__name__}: {error}" for name, error in failures.items()}
     if unets := sorted(_unets()):
         facts["UNets"] = ", ".join(unets[:6]) + (f" and {len(unets) - 6} more" if len(unets) > 6 else "")
-    absent = [name for name in adapters if name not in seen]
-    for package in sorted({package_of(entry) for name in absent for entry in adapters[name]}):
-        names = [name for name in absent if package in map(package_of, adapters[name])]
+    absent = [name for name in entries if name not in seen]
+    for package in sorted({package_of(entry) for name in absent for entry in entries[name]}):
+        names = [name for name in absent if package in map(package_of, entries[name])]
         facts[f"{package} knows"] = ", ".join(map(_with_hint, names)) + ": not imported"
     facts["expected"] = "a host that a host adapter describes, or `vlmfilm_plugin.attach(unet)` before the optimizer is built"
     return HostError(

@@ -238,8 +238,8 @@ class Runtime:
         if step is None:
             step = self._step_of(owner, phase)
         doing = _doing(owner)
-        is_fit = doing in (None, "fit")
-        given = HostBatch(batch, phase, value_range, rows, step, getattr(owner, "current_epoch", None), batch_idx, is_fit, doing is not None)
+        epoch = getattr(owner, "current_epoch", None)
+        given = HostBatch(batch, phase, value_range, rows, step, epoch, batch_idx, is_fit=doing in (None, "fit"), is_in_fit=doing == "fit")
         if phase == "train" and self.attached:
             # A host's loop may save by `torch.save` alone, which nothing here sees.
             write_how_to_load_at_exit()
@@ -259,7 +259,7 @@ class Runtime:
 
 
 def _doing(owner: Any) -> str | None:
-    """Return what a step's trainer does, `fit` (its validation included), `validate`, `test` or `predict`; None where there is none."""
+    """Return what the trainer of a step says that it does: `fit`, its validation included, `validate`, `test`, ...; None where none says so."""
     # The attribute behind Lightning's property, which raises where no trainer is attached.
     trainer = getattr(owner, "_trainer", None)
     doing = getattr(getattr(trainer, "state", None), "fn", None)

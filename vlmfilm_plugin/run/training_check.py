@@ -96,7 +96,7 @@ def check_membership(unet: nn.Module, optimizers: Iterable[Optimizer], others: I
                 "found": f"{_listed(frozen)} of {ATTRIBUTE} do not require grad",
                 "expected": f"all {len(parameters)} of its parameters to require grad in mode {film.mode}",
             },
-            f"leave names with {ATTRIBUTE!r} out of what freezes them (a freeze by name, a wrapper that trains adapters alone); {_GO_ON}",
+            f"leave names with {ATTRIBUTE!r} out of what freezes them (a freeze by name, a wrapper that trains its own weights alone); {_GO_ON}",
         )
     held.update(_held(others))
     missing = [name for name, parameter in parameters.items() if id(parameter) not in held]
