@@ -1,4 +1,7 @@
-"""Statistics of what FiLM did at one block. Reading them synchronises the device: for logged steps alone."""
+"""Statistics of what FiLM did at one block, and of how it differs between images.
+
+Those that return floats synchronise the device: for logged steps alone. Those that return tensors leave them on the device.
+"""
 
 from __future__ import annotations
 
@@ -59,6 +62,73 @@ def condition_statistics(cond_vec: Tensor | None) -> dict[str, Any]:
         pairs = (unit @ unit.T)[first, second]
         empty |= {"cond_cos_mean": float(pairs.mean()), "cond_cos_min": float(pairs.min()), "cond_cos_max": float(pairs.max())}
     return empty
+
+
+def spread_between_images(values: Tensor, images: Tensor | None = None) -> Tensor:
+    """Return the standard deviation between images, channel by channel (C,), in the values' unit; of one image it is zero.
+
+    Rows that are equal to the bit have a spread of exactly zero.
+
+    Args:
+        values: gamma or beta (R, C, 1, 1), or condition vectors (R, C).
+        images: (R,) which image each row is of, numbered from 0 to R - 1 at most; rows of one image count once, by their mean. None: every
+            row is another image.
+    """
+    means, count = _image_means(values, images)
+    centred = means - (means.sum(0) / count)
+    present = _present(means, images)
+    return ((centred * centred * present).sum(0) / count).sqrt()
+
+
+def share_at_bound(values: Tensor, centre: float, bound: float | None) -> Tensor | None:
+    """Return the share of entries, in [0, 1], that lie within a thousandth of their bound; None where there is no bound, or no room inside it.
+
+    Args:
+        values: gamma or beta (R, C, 1, 1).
+        centre: 1 for gamma, 0 for beta.
+        bound: gamma_scale or beta_scale of the head.
+    """
+    if not bound:
+        return None
+    return ((_plain(values) - centre).abs() >= 0.999 * bound).float().mean()
+
+
+def differing_energy(cond_vec: Tensor, images: Tensor | None = None) -> Tensor:
+    """Return the share of the condition vectors' energy (the sum of squares) that differs between images, in [0, 1]; a scalar.
+
+    Of equal vectors it is 0, of vectors whose mean is zero 1. A single image has nothing to differ from: 0.
+
+    Args:
+        cond_vec: (R, D).
+        images: as in `spread_between_images`.
+    """
+    means, count = _image_means(cond_vec, images, shift=False)
+    present = _present(means, images)
+    centred = means - (means.sum(0) / count)
+    energy = (means * means).sum()
+    return (centred * centred * present).sum() / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+
+
+def _image_means(values: Tensor, images: Tensor | None, *, shift: bool = True) -> tuple[Tensor, Tensor | int]:
+    """Return the mean of each image's rows (R, C), zero for numbers that no row has, and how many images there are.
+
+    With `shift` the first row is subtracted from all: what is left of equal rows is exactly zero, whatever their mean rounds to.
+    """
+    rows = _plain(values).flatten(1)
+    if shift:
+        rows = rows - rows[:1]
+    if images is None:
+        return rows, rows.shape[0]
+    sums = torch.zeros_like(rows).index_add_(0, images, rows)
+    counts = rows.new_zeros(rows.shape[0]).index_add_(0, images, rows.new_ones(rows.shape[0]))
+    return sums / counts.clamp_min(1)[:, None], (counts > 0).sum()
+
+
+def _present(means: Tensor, images: Tensor | None) -> Tensor:
+    """Return 1 for the numbers that images have, else 0: (R, 1)."""
+    if images is None:
+        return means.new_ones(means.shape[0], 1)
+    return means.new_zeros(means.shape[0], 1).index_fill_(0, images, 1)
 
 
 def _plain(tensor: Tensor) -> Tensor:
