@@ -286,7 +286,7 @@ def test_by_hand_the_state_is_stated_nowhere_and_is_not_guessed() -> None:
     from vlmfilm_plugin.settings.layers import resolve
 
     settings = resolve([("argument", {"cond_dim": 4, "junction_gating_config": BLOCK, "encoder": "descriptor"})])
-    silent = install(SmallUNet(), settings, "on", feature_dim=3, masks=Masks())
+    silent = install(SmallUNet(), settings, "on", feature_dim=3, masks=Masks(), is_by_hand=True)
     with pytest.raises(ConditionError, match="output is the mask"):
         outputs(silent, None)
 

@@ -78,7 +78,7 @@ def settings_of(model: dict[str, Any], **environ: str) -> Settings:
 def test_every_name_of_the_port_is_a_setting_or_stands_in_the_line() -> None:
     settings = settings_of(port())
     for name, value in port()["vlm_film_config"].items():
-        if name in ACCEPTED:
+        if name in ACCEPTED or name == "logits_l2norm":
             continue
         own = {"film_debug_every_n_steps_train": "film_log_every_n_steps_train", "film_debug_every_n_steps_val": "film_log_every_n_steps_val"}.get(
             name, name
@@ -90,7 +90,22 @@ def test_every_name_of_the_port_is_a_setting_or_stands_in_the_line() -> None:
     line = without_effect(settings)
     assert line is not None and "\n" not in line
     named = set(re.findall(r"\w+", re.sub(r"\([^()]*\)", "", line)))
-    assert named == {*ACCEPTED, "update_interval_steps_eval", "update_interval_steps_train", "logits_center"} - {"p2_fallback", "p2_prior_probs"}
+    assert named == {*ACCEPTED, "update_interval_steps_eval", "update_interval_steps_train"} - {"p2_fallback", "p2_prior_probs"}
+
+
+def test_the_ports_centring_and_norm_are_steps_of_the_transform() -> None:
+    both = settings_of(port())
+    assert both.feature_transform == ("center", "l2norm") and not both.logits_l2norm and both.origin("feature_transform").endswith("logits_center")
+    norm_first = settings_of(port(logits_center=False))
+    assert norm_first.feature_transform == () and norm_first.logits_l2norm
+    unset = port()
+    del unset["vlm_film_config"]["logits_center"]
+    assert settings_of(unset).feature_transform == ("center",) and settings_of(unset).logits_l2norm
+    chosen = settings_of(port(), VLM_FILM_FEATURE_TRANSFORM="none")
+    assert chosen.feature_transform == () and chosen.logits_l2norm
+    assert "logits_center (`feature_transform` says what is done to features)" in str(without_effect(chosen))
+    # Where no answers are asked these names say nothing, as before.
+    assert settings_of(port(use_logits_feature_cond=False)).feature_transform == ("center",)
 
 
 def test_a_configuration_without_idle_names_says_nothing() -> None:

@@ -199,7 +199,7 @@ def _in_todays_terms(metadata: Any, file: object) -> dict[str, Any]:
 
 
 def _architecture(film: Mapping[str, Any]) -> Mapping[str, Any]:
-    extra = next((value for name, value in film.items() if name.endswith("_extra_state")), None)
+    extra = next((value for name, value in film.items() if name.endswith(f"{MARKER}_extra_state")), None)
     if extra is None:
         raise CheckpointError(
             "cannot export FiLM: its description is missing", {"expected": "a key ending in `_extra_state`"}, "save the model again"

@@ -22,7 +22,7 @@ from vlmfilm_plugin.encoders.determinism import prove_deterministic
 from vlmfilm_plugin.encoders.registry import build_encoder
 from vlmfilm_plugin.errors import FeatureError, MissingFeatureError, StoreError
 from vlmfilm_plugin.features.batch_names import RowNames
-from vlmfilm_plugin.features.cache_key import content_keys, sample_keys
+from vlmfilm_plugin.features.cache_key import content_keys, path_key, sample_keys
 from vlmfilm_plugin.features.images import from_array, from_tensor, read_image
 from vlmfilm_plugin.features.samples import CacheStats, ImageId, Sample
 from vlmfilm_plugin.features.store.protocol import SourceStamp, Store, StoredFeature, place_of
@@ -177,11 +177,18 @@ class FeatureProvider:
             self._epoch, self._missed_before_epoch = epoch, self.stats.miss
 
     def of_images(self, images: Sequence[Any]) -> Tensor:
-        """Return the features (N, F) of PIL images, paths or arrays, keyed by their pixels."""
-        pictures = [from_array(image) for image in images]
-        arrays = [np.asarray(picture) for picture in pictures]
-        keys = [content_keys(array[None], ["image"])[0] for array in arrays]
-        return self.get([Sample(key, None, lambda picture=picture: picture) for key, picture in zip(keys, pictures, strict=True)])  # type: ignore[misc]
+        """Return the features (N, F) of PIL images, paths or arrays: what is stored for a path's file, whatever it is called there, and
+        for pixels.
+        """
+        return self.get([self._sample_of(image) for image in images])
+
+    def _sample_of(self, image: Any) -> Sample:
+        if isinstance(image, str | os.PathLike):
+            # Under the key that a warm-up of its folder gives it.
+            path = Path(os.path.abspath(image))
+            return Sample(path_key(path, "unknown", self.dataset_root), path, lambda: read_image(path))
+        picture = from_array(image)
+        return Sample(content_keys(np.asarray(picture)[None], ["image"])[0], None, lambda: picture)
 
     def note_of(self, sample: Sample) -> str | None:
         """Return the note of a feature that is in memory (a generated text, answers), or None."""

@@ -19,11 +19,12 @@ from typing import Any
 
 from vlmfilm_plugin.errors import CheckpointError
 from vlmfilm_plugin.log import film_logger
+from vlmfilm_plugin.settings.parsing import are_steps
 from vlmfilm_plugin.settings.record import Settings
 
-FORMAT = 2
+FORMAT = 3
 """Format of the descriptions that this version writes."""
-READABLE_BY = 2
+READABLE_BY = 3
 """The oldest format whose readers understand them: raise it together with `FORMAT` where the weights would mean something else to those."""
 
 
@@ -64,6 +65,7 @@ _COUNT = "a whole number >= 1", _is_count
 _BOUND = "a number >= 0, or null", _is_bound
 _FLAG = "true or false", lambda value: isinstance(value, bool)
 _TEXT = "text", lambda value: isinstance(value, str)
+_STEPS = "a list of steps: center or standardize, and l2norm", lambda value: isinstance(value, list | tuple) and are_steps(value)
 _STAGES = "one or more stages with index, path and channels", _are_stages
 
 
@@ -81,6 +83,7 @@ class Architecture:
     use_layernorm: bool = field(metadata=_says(*_FLAG, "cond_layernorm"))
     is_text: bool = field(metadata=_says(*_FLAG, "use_text_prompt_cond", is_encoders=True))
     head: str = field(default="film", metadata=_says(*_TEXT, "head"))
+    feature_transform: tuple[str, ...] = field(default=(), metadata=_says(*_STEPS, "feature_transform"))
     # Of the encoder; a description may lack them.
     fingerprint: str | None = field(default=None, metadata=_says("text, or null", lambda value: value is None or isinstance(value, str)))
     encoder: Mapping[str, object] | None = field(
@@ -89,7 +92,8 @@ class Architecture:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, with the format and the oldest format that reads them."""
-        return {"format": FORMAT, "readable_by": READABLE_BY, **asdict(self)}
+        # To a reader that knows no transform, weights on features as they are mean what they mean here.
+        return {"format": FORMAT, "readable_by": READABLE_BY if self.feature_transform else 2, **asdict(self)}
 
 
 _FIELDS = {item.name: item for item in fields(Architecture)}
@@ -171,6 +175,8 @@ def _unusable(facts: Mapping[str, object], fix: str) -> CheckpointError:
 _MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     # Format 1 said nothing of its readers, and knew one kind of head.
     1: lambda description: {**description, "format": 2, "readable_by": 1, "head": "film"},
+    # Up to format 2 features were used as they are.
+    2: lambda description: {**description, "format": 3, "readable_by": 2, "feature_transform": []},
 }
 
 

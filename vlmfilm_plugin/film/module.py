@@ -6,12 +6,17 @@ import copy
 import inspect
 import json
 import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from vlmfilm_plugin.film.architecture import Architecture, check_architecture, read_extra_state
+from vlmfilm_plugin.film.feature_statistics import Statistics, check_facts, read_facts
+from vlmfilm_plugin.film.feature_transform import FeatureTransform
 from vlmfilm_plugin.film.heads import Head, HeadShape, build_head
 from vlmfilm_plugin.film.layers import ImageToConditionVector, TextToConditionVector
 from vlmfilm_plugin.log import film_logger
@@ -35,6 +40,7 @@ class CompiledInputs:
         self.beta: Tensor | None = None
         self.has_run = False
         self.is_gated = False
+        self.is_off = False
         # Compiled code has used these inputs: it will again where a block is run again in backward().
         self.is_used = False
 
@@ -50,13 +56,32 @@ class CompiledInputs:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"gamma": None, "beta": None, "has_run": False, "is_gated": False, "is_used": False}
+        return {"gamma": None, "beta": None, "has_run": False, "is_gated": False, "is_off": False, "is_used": False}
+
+
+class LastForward:
+    """The condition of the UNet's last forward: features (S, F), and which of them each row had (R,), or None where row i had feature i."""
+
+    def __init__(self) -> None:
+        self.features: Tensor | None = None
+        self.index: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LastForward:
+        memo[id(self)] = copied = LastForward()
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"features": None, "index": None}
 
 
 class FilmModule(nn.Module):
-    """FiLM of one UNet, held by it under the attribute `vlm_film`: a projection and one head a stage.
+    """FiLM of one UNet, held by it under the attribute `vlm_film`: a transform of features, a projection and one head a stage.
 
-    State-dict keys: `image_to_cond.*` or `text_to_cond.*`, `heads.{i}.*` and, as `_extra_state`, the architecture as JSON bytes.
+    State-dict keys: `image_to_cond.*` or `text_to_cond.*`, `heads.{i}.*`, `feature_transform.*` where there is one and, as `_extra_state`, the
+    architecture as JSON bytes.
+
+    Args:
+        is_transform_open: nobody chose the transform of features: a checkpoint that is loaded decides it.
 
     Raises:
         CheckpointError: on loading, the checkpoint's FiLM has another architecture or another encoder.
@@ -64,10 +89,11 @@ class FilmModule(nn.Module):
 
     # Of the encoder, in earlier versions: their checkpoints are of this encoder. No part of what is saved.
     former_fingerprints: tuple[str, ...] = ()
+    is_transform_open = False
 
-    def __init__(self, architecture: Architecture, mode: str) -> None:
+    def __init__(self, architecture: Architecture, mode: str, *, is_transform_open: bool = False) -> None:
         super().__init__()
-        self.architecture, self.mode = architecture, mode
+        self.architecture, self.mode, self.is_transform_open = architecture, mode, is_transform_open
         self.film_id = uuid.uuid4().hex
         self.is_removed = False
         # A pickled model brings its mode along, into a process that may be asked for another one.
@@ -81,9 +107,52 @@ class FilmModule(nn.Module):
             build_head(a.head, HeadShape(a.cond_dim, stage.channels, a.hidden_dim, a.gamma_scale, a.beta_scale, a.use_layernorm))
             for stage in a.stages
         )
+        self.use_transform(a.feature_transform)
         # An unused parameter stops DDP in the next step.
         self.requires_grad_(mode != "off")
         self.compiled_inputs = [CompiledInputs() for _ in architecture.stages]
+        self.last_forward = LastForward()
+        _living.add(self)
+
+    feature_transform: FeatureTransform | None
+
+    def use_transform(self, steps: Sequence[str]) -> None:
+        """Have a transform of these steps, without statistics; none where there are no steps."""
+        self.architecture = replace(self.architecture, feature_transform=tuple(steps))
+        built = FeatureTransform(steps, self.architecture.feature_dim) if steps else None
+        parameter = next(self.parameters())
+        if built is not None:
+            built.to(parameter.device, parameter.dtype)
+        self.register_module("feature_transform", built)
+
+    def transform(self, features: Tensor) -> Tensor:
+        """Return features (B, F) as the projection takes them.
+
+        Raises:
+            ConditionError: the transform has no statistics.
+        """
+        return features if self.feature_transform is None else cast(Tensor, self.feature_transform(features))
+
+    @property
+    def waits(self) -> bool:
+        """Tell whether the transform cannot be used yet."""
+        return self.feature_transform is not None and not self.feature_transform.is_ready
+
+    def copies(self) -> list[FilmModule]:
+        """Return this module and its copies in this process, such as an EMA's."""
+        return [film for film in _living if film.film_id == self.film_id]
+
+    def take_statistics(self, statistics: Statistics) -> None:
+        """Give the transform its statistics, here and in every copy that has none of its own.
+
+        Raises:
+            ConditionError: it has some already.
+        """
+        assert self.feature_transform is not None
+        self.feature_transform.take(statistics)
+        for film in self.copies():
+            if film is not self and film.feature_transform is not None and not film.feature_transform.is_frozen:
+                film.feature_transform.take(statistics)
 
     def project(self, features: Tensor) -> Tensor:
         """Project features (B, F) to condition vectors (B, D)."""
@@ -106,16 +175,23 @@ class FilmModule(nn.Module):
             self.projection.reset()
             for position in range(len(self.heads)):
                 self.head(position).reset()
+        # Statistics are of images, not of weights: those that are known stay.
+        if self.feature_transform is not None and self.feature_transform.statistics is None:
+            self.feature_transform.reset()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         inherited: Any = super().__setstate__
         inherited(state)
         self.is_unpickled = True
+        self._modules.setdefault("feature_transform", None)  # pickled before there were transforms
+        self.__dict__.setdefault("last_forward", LastForward())
+        _living.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FilmModule:
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        _living.add(copied)
         return copied
 
     def change_probes(self) -> list[Tensor]:
@@ -137,16 +213,34 @@ class FilmModule(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *args: Any) -> None:
         has_film = any(key.startswith(prefix) for key in state_dict)
         if f"{prefix}_extra_state" in state_dict:
-            check_architecture(read_extra_state(state_dict[f"{prefix}_extra_state"]), self.architecture, self.former_fingerprints)
+            self._check(state_dict, prefix)
         elif not _is_strict(strict):
             # As torch does: what is missing stays as it is, and is reported.
             if not has_film:
                 self._say_once("the loaded state has no FiLM weights: FiLM is left as it is (strict=False)")
         elif has_film:
+            # Weights without a description: nothing says that features were transformed, unless the statistics are there.
+            if not any(key.startswith(f"{prefix}feature_transform.") for key in state_dict):
+                self._adopt_transform(())
             state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
         else:
             self._start_at_identity(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
+
+    def _check(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Check the description in a state dict, and take its transform where nobody chose one here."""
+        described = read_extra_state(state_dict[f"{prefix}_extra_state"])
+        self._adopt_transform(described["feature_transform"])
+        a = self.architecture
+        check_architecture(described, a, self.former_fingerprints)
+        extra = state_dict.get(f"{prefix}feature_transform._extra_state")
+        if extra is not None and (facts := read_facts(extra)) is not None:
+            check_facts(facts, a.fingerprint, a.feature_dim, self.former_fingerprints)
+
+    def _adopt_transform(self, steps: Sequence[str]) -> None:
+        held = None if self.feature_transform is None else self.feature_transform.statistics
+        if self.is_transform_open and held is None and tuple(steps) != self.architecture.feature_transform:
+            self.use_transform(steps)
 
     def _start_at_identity(self, state_dict: dict[str, Any], prefix: str) -> None:
         self._say_once(
@@ -161,6 +255,10 @@ class FilmModule(nn.Module):
         if (self.film_id, text) not in _said:
             _said.add((self.film_id, text))
             film_logger().warning("[VLM] WARNING: %s", text)
+
+
+# Every FiLM of this process; copies of one have its `film_id`.
+_living: WeakSet[FilmModule] = WeakSet()
 
 
 def _is_strict(passed: bool) -> bool:

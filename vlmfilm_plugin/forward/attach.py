@@ -27,7 +27,7 @@ from vlmfilm_plugin.host_spec import Masks
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.settings.arguments import signature_with_settings
 from vlmfilm_plugin.settings.layers import layers_of, resolve
-from vlmfilm_plugin.settings.mode import read_mode
+from vlmfilm_plugin.settings.mode import MODE_VARIABLE, read_mode
 from vlmfilm_plugin.settings.port_names import without_effect
 from vlmfilm_plugin.settings.record import Settings
 
@@ -40,26 +40,29 @@ BY_HAND = Masks(prediction=only_channel)
 DEFAULT_TARGETS: Mapping[str, str] = {"post_block2": "ups.*.1", "post_block1": "ups.*.0"}
 
 
-def attach(unet: nn.Module, *, feature_dim: int | None = None, **settings: Unpack[SettingsArguments]) -> FilmHandle:
+def attach(unet: nn.Module, *, feature_dim: int | None = None, mode: str | None = None, **settings: Unpack[SettingsArguments]) -> FilmHandle:
     """Attach FiLM to a UNet by hand: for notebooks, and for hosts without a host adapter.
 
     Args:
         unet: a module whose decoder blocks match `targets` (default `ups.*.1`, `ups.*.0` with `apply_point="post_block1"`).
         feature_dim: width F of the features that will be given; None asks the encoder of the settings, without reading its weights.
-        settings: any setting by name; they win over `VLM_FILM_<NAME>` and the file of `VLM_FILM_CONFIG`.
+        mode: `on`, `off` or `shuffle`; None takes `VLM_FILM_MODE`, and `on` where that is unset.
+        settings: any setting by name; they win over `VLM_FILM_<NAME>` and the file of `VLM_FILM_CONFIG`. `feature_transform` acts once it is
+            fitted, `handle.fit(...)`: until then features are used as they are given, and one that was set is an error.
 
     Returns:
         A handle; `with handle.condition(features=...)` around forwards, `handle.remove()` to undo.
 
     Raises:
-        SettingsError: a wrong setting, or `VLM_FILM_MODE` is set to no mode. Unset, the mode is `on`.
+        SettingsError: a wrong setting, a wrong mode, or `VLM_FILM_MODE` is set to no mode.
         TargetMatchError: no module matched, or a stage does not exist.
         HostError: the module carries FiLM already, or a block's channels cannot be told.
     """
     resolved = resolve(layers_of(os.environ, arguments=settings))
     if (line := without_effect(resolved)) is not None:
         film_logger().info("[VLM] settings without effect here: %s", line)
-    return install(unet, resolved, read_mode() or "on", feature_dim=feature_dim)
+    mode = read_mode() or "on" if mode is None else read_mode({MODE_VARIABLE: mode})
+    return install(unet, resolved, str(mode), feature_dim=feature_dim, is_by_hand=True)
 
 
 # For editors that ask the running function rather than its types, such as a notebook's.
@@ -77,10 +80,12 @@ def install(
     condition: str | None = None,
     own_film: str | None = None,
     masks: Masks = BY_HAND,
+    is_by_hand: bool = False,
 ) -> FilmHandle:
     """Attach FiLM with resolved settings; `attach` and the runtime both come here.
 
     Args:
+        is_by_hand: nobody looks for statistics of features: a `feature_transform` that nobody chose begins with `handle.fit`.
         condition: name of the argument of `forward` that holds the condition image.
         own_film: name of the one through which the UNet's own FiLM would be conditioned: a call with it is refused.
         masks: where the mask is that spatial gates look at.
@@ -99,14 +104,15 @@ def install(
     pattern = _pattern(settings, targets, owner)
     stages = _plan(unet, settings, pattern, channels, owner)
     identity = None if feature_dim is not None else build_encoder(settings)
+    is_open = not settings.is_explicit("feature_transform")
     architecture = Architecture(
         stages=tuple(stages),
         feature_dim=feature_dim if identity is None else identity.feature_dim,  # type: ignore[arg-type]
-        **decided_by(settings),
+        **(decided_by(settings) | ({"feature_transform": ()} if is_by_hand and is_open else {})),
         fingerprint=None if identity is None else identity.identity.fingerprint,
         encoder=None if identity is None else dict(identity.identity.facts),
     )
-    film = _build(architecture, mode, unet)
+    film = _build(architecture, mode, unet, is_open)
     if identity is not None:
         film.former_fingerprints = identity.identity.formerly
     frozen_by = settings.origin("freeze_host") if settings.freeze_host else None
@@ -152,11 +158,11 @@ def output_channels(block: nn.Module) -> int:
     return convolutions[-1].out_channels
 
 
-def _build(architecture: Architecture, mode: str, unet: nn.Module) -> FilmModule:
+def _build(architecture: Architecture, mode: str, unet: nn.Module, is_transform_open: bool) -> FilmModule:
     """Build the module on the UNet's device, in its training state, without a draw from the host's random stream."""
     parameter = next((p for p in unet.parameters() if p.is_floating_point()), None)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        film = FilmModule(architecture, mode)
+        film = FilmModule(architecture, mode, is_transform_open=is_transform_open)
     if parameter is not None:
         film.to(device=parameter.device, dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32)
     return film.train(unet.training)

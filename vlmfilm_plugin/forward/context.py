@@ -52,7 +52,9 @@ class ForwardContext:
         recorder: takes statistics, on logged steps only.
         ran: heads whose blocks have run.
         gate: where FiLM acts; None is everywhere.
+        waits: FiLM is the identity, since the transform of features has no statistics yet.
         task: the `backward()` in which this is open, if any.
+        mode: that of the FiLM module when this was made, also where a block is run again later.
     """
 
     film: FilmModule
@@ -63,7 +65,12 @@ class ForwardContext:
     recorder: Recorder | None = None
     ran: set[int] = field(default_factory=set)
     gate: SpatialGate | None = None
+    waits: bool = False
     task: int = NO_TASK
+    mode: str = ""
+
+    def __post_init__(self) -> None:
+        self.mode = self.mode or self.film.mode
 
     def cond_vec(self) -> Tensor:
         """Return the condition vectors of the samples (S, D)."""
@@ -81,6 +88,9 @@ class ForwardContext:
         pair: tuple[Tensor, Tensor] | None = None if self.own is None else self.own.get(head)
         if pair is None:
             pair = self.film.heads[head](self.cond_vec())
+            if self.waits:
+                # By the heads all the same: a parameter without a gradient stops DDP.
+                pair = 1 + 0 * pair[0], 0 * pair[1]
             if self.index is not None:
                 pair = pair[0].index_select(0, self.index), pair[1].index_select(0, self.index)
             if self.own is not None:
@@ -88,10 +98,12 @@ class ForwardContext:
         return pair
 
     def prepare(self) -> None:
-        """Compute gamma and beta of every head, and put them where compiled blocks find them."""
+        """Compute gamma and beta of every head, and put them where compiled blocks find them; in mode `off` there are none."""
         for head, inputs in enumerate(self.film.compiled_inputs):
-            inputs.gamma, inputs.beta = self.gamma_beta(head)
-            inputs.is_gated = self.gate is not None
+            inputs.is_off = self.mode == "off"
+            if not inputs.is_off:
+                inputs.gamma, inputs.beta = self.gamma_beta(head)
+                inputs.is_gated = self.gate is not None
 
     def reentered(self, *, keep: bool) -> ForwardContext:
         """Return this context for a function that is run again now (note 3); what it does was recorded the first time."""
@@ -102,15 +114,16 @@ class ForwardContext:
     def fill_compiled(self) -> Callable[[], None]:
         """Put gamma and beta where compiled blocks find them; return what puts back what stood there."""
         used = [(head, inputs) for head, inputs in enumerate(self.film.compiled_inputs) if inputs.is_used]
-        before = [(inputs, inputs.gamma, inputs.beta, inputs.is_gated, inputs.has_run) for _, inputs in used]
+        before = [(inputs, inputs.gamma, inputs.beta, inputs.is_gated, inputs.is_off, inputs.has_run) for _, inputs in used]
         for head, inputs in used:
-            if self.film.mode != "off":
+            inputs.is_off = self.mode == "off"
+            if not inputs.is_off:
                 inputs.gamma, inputs.beta = self.gamma_beta(head)
             inputs.is_gated = self.gate is not None
 
         def undo() -> None:
-            for inputs, gamma, beta, is_gated, has_run in before:
-                inputs.gamma, inputs.beta, inputs.is_gated, inputs.has_run = gamma, beta, is_gated, has_run
+            for inputs, gamma, beta, is_gated, is_off, has_run in before:
+                inputs.gamma, inputs.beta, inputs.is_gated, inputs.is_off, inputs.has_run = gamma, beta, is_gated, is_off, has_run
 
         return undo
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.features.shuffle import Shuffle, images_of
+from vlmfilm_plugin.film.feature_transform import unfitted
 from vlmfilm_plugin.film.gate_view import GateView, MaskReader
 from vlmfilm_plugin.film.gates import Gate, SpatialGate, check_gate, gate_of
 from vlmfilm_plugin.forward.context import ForwardContext
@@ -64,8 +65,9 @@ class GivenFeatures:
                 {"features": given, "rows": rows, "expected": "one feature for each row, or one for all"},
                 "repeat the features as the rows are repeated, e.g. features.repeat_interleave(num_patches, dim=0)",
             )
-        features = self._shuffled if film.mode == "shuffle" else self.features
-        features = features.to(x.device)
+        if film.waits:
+            raise unfitted(film.architecture.feature_transform)
+        features = film.transform(self._shuffled if film.mode == "shuffle" else self.features).to(x.device)
         index = None if given == rows else torch.zeros(rows, dtype=torch.long, device=x.device)
         gate = None if masks is None else self._gate(film, GateView(x, image, masks=masks))
         return ForwardContext(film, features, index, gate=gate)

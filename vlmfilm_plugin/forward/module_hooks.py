@@ -85,8 +85,7 @@ class OpenContext:
         film = getattr(unet, ATTRIBUTE)
         try:
             context = self._context_for(unet, film, args, kwargs)
-            if film.mode != "off":
-                context.prepare()
+            context.prepare()
         except Exception:
             # The closing hook runs all the same: it must close this forward's context, not that of an outer one.
             conditioning.push_context(ForwardContext(film, None))
@@ -140,6 +139,8 @@ class CloseContext:
     def __call__(self, unet: nn.Module, args: Any, output: Any) -> None:
         film = getattr(unet, ATTRIBUTE)
         context = conditioning.pop_context(film)
+        if context is not None:
+            film.last_forward.features, film.last_forward.index = context.features, context.index
         has_run = [inputs.close() for inputs in film.compiled_inputs]
         if context is None or output is None:
             return
@@ -167,7 +168,7 @@ class ModulateBlock:
         if torch.compiler.is_compiling() and not self.inputs.is_gated:
             # A context cannot be looked up from compiled code; the open context has left gamma and beta in the inputs.
             self.inputs.has_run = True
-            return None if self.film.mode == "off" else self.film.head(self.head).modulate(output, self.inputs.gamma, self.inputs.beta)  # type: ignore[arg-type]
+            return None if self.inputs.is_off else self.film.head(self.head).modulate(output, self.inputs.gamma, self.inputs.beta)  # type: ignore[arg-type]
         return self._modulate(output)
 
     @uncompiled
@@ -175,7 +176,7 @@ class ModulateBlock:
         stage = self.film.architecture.stages[self.head]
         context = conditioning.context_of(self.film, stage.path)
         context.ran.add(self.head)
-        if self.film.mode == "off":
+        if context.mode == "off":
             if context.recorder is not None:
                 _assert_identity(output, self.film.head(self.head), stage, context)
             return None

@@ -49,6 +49,7 @@ class SettingsArguments(TypedDict, total=False):
     mem_cache_size: int
     on_missing_feature: str
     accept_narrow_range: bool
+    feature_transform: str | Sequence[str]
     # which feature conditions which row
     batch_strategy: str
     reuse_policy: str

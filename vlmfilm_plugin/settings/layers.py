@@ -141,10 +141,26 @@ def resolve(layers: Iterable[Layer], base_dir: str | Path | None = None) -> Sett
     # A hub name stays one: only a folder that is there is a path, and the host may change its working directory.
     if model is not None and (folder := root / _expand(str(model), "model_name", origins["model_name"])).is_dir():
         values["model_name"] = str(folder)
+    _map_transform_of_port(values, origins)
     settings = Settings(**values, origins=origins, accepted=accepted)  # type: ignore[arg-type]
     refuse_drawn_predictions(settings)
     _check_gate(settings)
     return settings
+
+
+def _map_transform_of_port(values: dict[str, object], origins: dict[str, str]) -> None:
+    """Say the port's `logits_center` and `logits_l2norm` as steps of `feature_transform`, where its answers are asked.
+
+    The port centres, then normalises: where it does both, both are done here after the feature, and the stored one is as the model gave it.
+    """
+    if not Settings(**values).are_answers_asked:  # type: ignore[arg-type]
+        return
+    if "logits_center" in values and "feature_transform" not in values:
+        steps = ["center", "l2norm"] if values.get("logits_l2norm") else ["center"]
+        values["feature_transform"] = tuple(steps) if values["logits_center"] else ()
+        origins["feature_transform"] = origins["logits_center"]
+    if values.get("logits_center") and "l2norm" in values.get("feature_transform", ()):  # type: ignore[operator]
+        values["logits_l2norm"] = False
 
 
 class _Wrong(Exception):

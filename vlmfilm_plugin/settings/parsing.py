@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,12 @@ _KINDS = {
     "texts": "a list of texts (in the environment a JSON list)",
     "stages_or_all": "same_as_film, or a list of whole numbers >= 0",
     "junctions": "a mapping of its entries (in the environment a JSON object)",
+    "transform": "none, or one or several of center, standardize and l2norm in order, with at most one of the first two",
 }
+
+TRANSFORM_STEPS = ("center", "standardize", "l2norm")
+WITH_STATISTICS = ("center", "standardize")
+"""Steps of `feature_transform` that need statistics of training images."""
 
 
 def describe(rules: Mapping[str, Any]) -> str:
@@ -60,6 +65,8 @@ def check(rules: Mapping[str, Any], raw: object, is_text: bool) -> object:
     if raw is None or (is_text and str(raw).strip().lower() in {"none", "null", "~"}):
         if rules["optional"]:
             return None
+        if rules["kind"] == "transform":
+            return ()
         raise ValueError(raw)
     value = PARSERS[rules["kind"]](raw, is_text)
     is_outside = (rules["low"] is not None and value < rules["low"]) or (rules["high"] is not None and value > rules["high"])
@@ -123,6 +130,22 @@ def _parse_texts(raw: object, is_text: bool) -> tuple[str, ...]:
     return tuple(_parse_str(item, is_text) for item in items)
 
 
+def _parse_transform(raw: object, is_text: bool) -> tuple[str, ...]:
+    items: object = raw
+    if isinstance(raw, str):
+        items = [] if raw.strip().lower() == "none" else [part.strip().strip("\"'") for part in raw.strip().strip("[]()").split(",") if part.strip()]
+        if not items and raw.strip().lower() not in {"none", "[]", "()"}:
+            raise ValueError(raw)
+    if not isinstance(items, list | tuple) or not are_steps(items):
+        raise ValueError(raw)
+    return tuple(items)
+
+
+def are_steps(items: Sequence[object]) -> bool:
+    """Tell whether these are the steps of a transform of features."""
+    return all(item in TRANSFORM_STEPS for item in items) and sum(item in WITH_STATISTICS for item in items) <= 1
+
+
 def _parse_stages_or_all(raw: object, is_text: bool) -> tuple[int, ...] | None:
     return None if raw in ("same_as_film", None) else _parse_stages(raw, is_text)
 
@@ -136,4 +159,5 @@ PARSERS: dict[str, Callable[[Any, bool], Any]] = {
     "stages": _parse_stages,
     "texts": _parse_texts,
     "stages_or_all": _parse_stages_or_all,
+    "transform": _parse_transform,
 }

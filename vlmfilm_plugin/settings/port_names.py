@@ -74,8 +74,8 @@ def _of_text(settings: Settings) -> Iterator[tuple[str, str]]:
     if not settings.use_text_prompt_cond:
         yield from ((name, "`use_text_prompt_cond` is false") for name in ("prompt_template", "prompt_templates", "max_new_tokens", "pool"))
     if settings.are_answers_asked:
-        if settings.logits_center:
-            yield "logits_center", "features are used as they are: the port subtracts the mean of the batch at hand, which makes one image's zero"
+        if settings.logits_center and "center" not in settings.feature_transform:
+            yield "logits_center", "`feature_transform` says what is done to features"
         return
     asks_nothing = settings.encoder != "qwen2_5_vl"
     reason = f"encoder {settings.encoder} is asked no prompts" if asks_nothing else "answers are read with `use_text_prompt_cond` alone"

@@ -63,6 +63,7 @@ class Settings:
     mem_cache_size: int = setting(16384, "int", low=0)
     on_missing_feature: str = setting("encode", "str", choices=("encode", "error"))
     accept_narrow_range: bool = setting(False, "bool")
+    feature_transform: tuple[str, ...] = setting(("center",), "transform")
     # which feature conditions which row
     batch_strategy: str = setting("per_sample", "str", choices=("per_sample", "first", "random"))
     reuse_policy: str = setting("step_interval", "str", choices=("step_interval", "image_id"))
