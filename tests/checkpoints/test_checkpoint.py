@@ -17,6 +17,7 @@ from vlmfilm_plugin.checkpoints.peek import facts_of, peek
 from vlmfilm_plugin.checkpoints.soft_seg_layout import to_port_layout
 from vlmfilm_plugin.errors import CheckpointError
 from vlmfilm_plugin.film.module import FilmModule
+from vlmfilm_plugin.film.feature_statistics import Facts, made_of
 from vlmfilm_plugin.forward.attach import install
 from vlmfilm_plugin.forward.context import in_force
 from vlmfilm_plugin.forward.given_features import GivenFeatures
@@ -24,6 +25,7 @@ from vlmfilm_plugin.settings.layers import resolve
 from vlmfilm_plugin.settings.record import Settings
 
 FEATURES = 5
+TRAINING = torch.randn(64, FEATURES, generator=torch.Generator().manual_seed(99)) + 1
 PORT_NAMES = re.compile(
     r"vlm_film_heads\.\d+\.(ln|mlp\.0|mlp\.2)\.(weight|bias)"
     r"|vlm_film_conditioner\.(image_to_cond\.(proj|ln)|text_to_cond\.mlp\.[02])\.(weight|bias)"
@@ -52,6 +54,9 @@ class Root(nn.Module):
         if not hasattr(self.unet, "vlm_film"):
             return self.tail(self.norm(self.unet(self.scale * x, t, cond)))
         given = torch.randn(3, FEATURES, generator=torch.Generator().manual_seed(seed))
+        film = self.unet.vlm_film
+        if film.waits:  # as a run does before its first step
+            film.take_statistics(made_of(TRAINING, Facts(None, "train", "a test"), film.architecture.feature_transform))
         with in_force(GivenFeatures(self.unet.vlm_film.film_id, given)):
             return self.tail(self.norm(self.unet(self.scale * x, t, cond)))
 
@@ -90,6 +95,7 @@ def test_metadata_says_architecture_encoder_and_stages_in_plain_values() -> None
         "beta_scale": None,
         "cond_layernorm": True,
         "head": "film",
+        "feature_transform": ("center",),
     }
 
 
@@ -148,14 +154,14 @@ def test_our_film_is_written_under_exactly_the_ports_names() -> None:
     port = to_port_layout(model.state_dict())
     film = {name for name in port if name.startswith("vlm_film")}
     assert film == {name for name in port if PORT_NAMES.fullmatch(name)}
-    assert len(film) == len(model.unet.vlm_film.state_dict()) - 1
+    assert len(film) == len([name for name, _ in model.unet.vlm_film.named_parameters()])
     assert {name for name in port if name not in film} == {name for name in model.state_dict() if "vlm_film" not in name}
     assert torch.equal(port["vlm_film_heads.1.mlp.2.weight"], model.unet.vlm_film.heads[1].mlp[2].weight)
     assert torch.equal(port["vlm_film_conditioner.image_to_cond.proj.bias"], model.unet.vlm_film.image_to_cond.proj.bias)
 
 
 def test_a_round_trip_through_the_ports_layout_gives_the_same_output() -> None:
-    saved, loaded = Root(seed=1), Root(seed=2)
+    saved, loaded = Root(seed=1, feature_transform="none"), Root(seed=2)
     checkpoint = port_checkpoint(saved)
     adapt(loaded, checkpoint, loaded.settings)
     loaded.load_state_dict(checkpoint["state_dict"], strict=True)
@@ -164,8 +170,30 @@ def test_a_round_trip_through_the_ports_layout_gives_the_same_output() -> None:
     assert again.keys() == to_port_layout(saved.state_dict()).keys()
 
 
+@pytest.mark.parametrize("settings", [{}, {"feature_transform": "standardize"}, {"use_text_prompt_cond": True}], ids=str)
+def test_a_transform_is_worked_into_the_first_layer_of_the_ports_layout(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    is_text = {name: value for name, value in settings.items() if name != "feature_transform"}
+    saved, loaded = Root(seed=1, **settings), Root(seed=2, **is_text)
+    expected = saved(0)
+    checkpoint = port_checkpoint(saved)
+    assert "is worked into" in capsys.readouterr().out
+    adapt(loaded, checkpoint, loaded.settings)
+    loaded.load_state_dict(checkpoint["state_dict"], strict=True)
+    assert loaded.unet.vlm_film.feature_transform is None
+    torch.testing.assert_close(loaded(0), expected)
+    with pytest.raises(CheckpointError, match="cannot hold this transform"):
+        to_port_layout(Root(feature_transform=["center", "l2norm"]).state_dict())
+
+
+def test_the_ports_film_does_not_load_where_a_transform_was_asked_for() -> None:
+    loaded = Root(seed=2, feature_transform="center")
+    with pytest.raises(CheckpointError, match="in another way") as caught:
+        adapt(loaded, port_checkpoint(Root(seed=1)), loaded.settings)
+    assert "feature_transform=center" in str(caught.value) and "feature_transform none" in str(caught.value)
+
+
 def test_the_ports_text_mode_loads_into_text_mode() -> None:
-    saved, loaded = Root(seed=1, use_text_prompt_cond=True), Root(seed=2, use_text_prompt_cond=True)
+    saved, loaded = Root(seed=1, use_text_prompt_cond=True, feature_transform="none"), Root(seed=2, use_text_prompt_cond=True)
     checkpoint = port_checkpoint(saved)
     assert any(name.startswith("vlm_film_conditioner.text_to_cond.mlp.2") for name in checkpoint["state_dict"])
     adapt(loaded, checkpoint, loaded.settings)
@@ -186,6 +214,7 @@ def test_a_port_checkpoint_is_read_as_unbounded_with_its_widths_and_model() -> N
         "beta_scale": None,
         "cond_layernorm": False,
         "head": "film",
+        "feature_transform": [],
     }
 
 
@@ -218,7 +247,7 @@ def test_port_heads_without_the_first_are_refused_when_peeked() -> None:
 
 
 def test_text_weights_beside_image_mode_are_left_out_and_named(capsys: pytest.CaptureFixture[str]) -> None:
-    saved, loaded = Root(seed=1), Root(seed=2)
+    saved, loaded = Root(seed=1, feature_transform="none"), Root(seed=2)
     checkpoint = port_checkpoint(saved)
     checkpoint["state_dict"]["vlm_film_conditioner.text_to_cond.mlp.0.weight"] = torch.zeros(6, 9)
     adapt(loaded, checkpoint, loaded.settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from vlmfilm_plugin.checkpoints.facts import require_reading
@@ -12,6 +12,8 @@ from vlmfilm_plugin.film.architecture import read_extra_state
 from vlmfilm_plugin.film.module import MARKER, FilmModule
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.settings.record import FIELDS, Settings
+
+_TRANSFORM = "feature_transform."
 
 
 def from_port(checkpoint: Mapping[str, Any], films: list[tuple[str, FilmModule]], settings: Settings) -> dict[str, str]:
@@ -29,6 +31,7 @@ def from_port(checkpoint: Mapping[str, Any], films: list[tuple[str, FilmModule]]
     port = {str(name): state.pop(name) for name in list(state) if str(name).startswith((PORT_HEADS, PORT_CONDITIONER))}
     renamed: dict[str, str] = {}
     for position, (prefix, film) in enumerate(films):
+        film.adopt_transform(())
         _require_place(film, readings)
         expected = film.state_dict()
         translated = {_own_name(name): name for name in port}
@@ -82,13 +85,15 @@ def _require_place(film: FilmModule, readings: list[Reading]) -> None:
     # Without hyperparameters the stages are the user's affair, the number of heads apart.
     fitting = [item for item in places if item.stages == here[1] or (len(readings) > 1 and len(item.stages) == len(here[1]))]
     bounds = {"gamma_scale": film.architecture.gamma_scale, "beta_scale": film.architecture.beta_scale}
-    bounded = [f"{name}={bound}" for name, bound in bounds.items() if bound is not None]
-    if fitting and not bounded:
+    other = [f"{name}={bound}" for name, bound in bounds.items() if bound is not None]
+    if film.architecture.feature_transform:
+        other.append(f"feature_transform={','.join(film.architecture.feature_transform)}")
+    if fitting and not other:
         return
-    built = [f"apply_point={here[0]} decoder_stages={list(here[1])}", *bounded]
+    built = [f"apply_point={here[0]} decoder_stages={list(here[1])}", *other]
     raise CheckpointError(
         "cannot load this checkpoint of the soft-seg port: its FiLM acts elsewhere, or in another way, than this model's",
-        {"this model": " ".join(built), "expected": " or ".join(f"{item}, gamma_scale and beta_scale null" for item in readings)},
+        {"this model": " ".join(built), "expected": " or ".join(f"{item}, gamma_scale and beta_scale null, feature_transform none" for item in readings)},
         "build the model with these settings, or let the checkpoint decide them by loading it with `load_from_checkpoint`",
     )
 
@@ -129,8 +134,28 @@ def to_port_layout(state: Mapping[str, Any]) -> dict[str, Any]:
             *scales.values(),
         )
     result: dict[str, Any] = {name: value for name, value in state.items() if MARKER not in name}
-    for name, value in state.items():
-        if name.startswith(prefix) and not name.endswith("_extra_state"):
-            own = name[len(prefix) :]
-            result[own.replace("heads.", PORT_HEADS, 1) if own.startswith("heads.") else PORT_CONDITIONER + own] = value
+    film = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix) and not name.endswith("_extra_state")}
+    for own, value in _folded(film, described.get("feature_transform", ())).items():
+        result[own.replace("heads.", PORT_HEADS, 1) if own.startswith("heads.") else PORT_CONDITIONER + own] = value
     return result
+
+
+def _folded(film: Mapping[str, Any], steps: Sequence[str]) -> dict[str, Any]:
+    """Return FiLM's tensors for features as they are: the transform is worked into the first layer, W (x - mean) / std + b.
+
+    Raises:
+        CheckpointError: the transform is not linear.
+    """
+    kept = {name: value for name, value in film.items() if not name.startswith(_TRANSFORM)}
+    if not steps:
+        return kept
+    if "l2norm" in steps:
+        facts = {"found": f"feature_transform {', '.join(steps)}", "expected": "none, center or standardize: the port takes features as they are"}
+        raise CheckpointError("cannot write the port's layout: its first layer cannot hold this transform", facts, "export in the own layout")
+    layer = "image_to_cond.proj" if "image_to_cond.proj.weight" in kept else "text_to_cond.mlp.0"
+    weight, bias = (kept[f"{layer}.{name}"] for name in ("weight", "bias"))
+    mean, std = film[f"{_TRANSFORM}mean"].double(), film.get(f"{_TRANSFORM}std")
+    scaled = weight.double() if std is None else weight.double() / std.double()
+    folded = {f"{layer}.weight": scaled.to(weight.dtype), f"{layer}.bias": (bias.double() - scaled @ mean).to(bias.dtype)}
+    film_logger().info("[VLM] feature_transform %s is worked into %s: the port takes features as they are", ", ".join(steps), layer)
+    return kept | folded

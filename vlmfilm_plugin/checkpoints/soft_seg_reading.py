@@ -110,6 +110,7 @@ def port_facts(checkpoint: Mapping[str, Any], state: Mapping[str, Any], path: st
         "beta_scale": None,
         "use_layernorm": f"{PORT_HEADS}0.ln.weight" in state,
         "head": "film",
+        "feature_transform": [],
     }
     architecture = as_settings(described)
     if len(readings) == 1:

@@ -221,7 +221,7 @@ class FilmModule(nn.Module):
         elif has_film:
             # Weights without a description: nothing says that features were transformed, unless the statistics are there.
             if not any(key.startswith(f"{prefix}feature_transform.") for key in state_dict):
-                self._adopt_transform(())
+                self.adopt_transform(())
             state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
         else:
             self._start_at_identity(state_dict, prefix)
@@ -230,14 +230,15 @@ class FilmModule(nn.Module):
     def _check(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Check the description in a state dict, and take its transform where nobody chose one here."""
         described = read_extra_state(state_dict[f"{prefix}_extra_state"])
-        self._adopt_transform(described["feature_transform"])
+        self.adopt_transform(described["feature_transform"])
         a = self.architecture
         check_architecture(described, a, self.former_fingerprints)
         extra = state_dict.get(f"{prefix}feature_transform._extra_state")
         if extra is not None and (facts := read_facts(extra)) is not None:
             check_facts(facts, a.fingerprint, a.feature_dim, self.former_fingerprints)
 
-    def _adopt_transform(self, steps: Sequence[str]) -> None:
+    def adopt_transform(self, steps: Sequence[str]) -> None:
+        """Have the transform that weights were trained with, where nobody chose one here and nothing has been fitted."""
         held = None if self.feature_transform is None else self.feature_transform.statistics
         if self.is_transform_open and held is None and tuple(steps) != self.architecture.feature_transform:
             self.use_transform(steps)
