@@ -50,8 +50,8 @@ RUN = """
 import torch
 from tinyhost.model import Trainer
 trainer = Trainer()
-images = torch.rand(3, 1, 16, 16)
-for _ in range(3):
+for _ in range(4):
+    images = torch.rand(3, 1, 16, 16)
     trainer.train_step(images)
 film = trainer.unet.vlm_film
 print([s.path for s in film.architecture.stages], bool(film.heads[0].mlp[2].weight.abs().sum() > 0), tuple(trainer.predict(images).shape))

@@ -16,8 +16,8 @@ from vlmfilm_plugin.checkpoints.metadata import adapt, write_metadata
 from vlmfilm_plugin.checkpoints.peek import facts_of, peek
 from vlmfilm_plugin.checkpoints.soft_seg_layout import to_port_layout
 from vlmfilm_plugin.errors import CheckpointError
-from vlmfilm_plugin.film.module import FilmModule
 from vlmfilm_plugin.film.feature_statistics import Facts, made_of
+from vlmfilm_plugin.film.module import FilmModule
 from vlmfilm_plugin.forward.attach import install
 from vlmfilm_plugin.forward.context import in_force
 from vlmfilm_plugin.forward.given_features import GivenFeatures

@@ -206,7 +206,7 @@ def test_a_first_image_without_donors_is_refused_and_a_later_one_is_served(tmp_p
 
 
 def runtime(tmp_path: Path, **variables: object) -> Runtime:
-    environ = {"VLM_FILM_ENCODER": "descriptor", "VLM_FILM_CACHE_DIR": "cache", "VLM_FILM_COND_DIM": "4"}
+    environ = {"VLM_FILM_ENCODER": "descriptor", "VLM_FILM_CACHE_DIR": "cache", "VLM_FILM_COND_DIM": "4", "VLM_FILM_FEATURE_TRANSFORM": "none"}
     return Runtime("shuffle", environ | {f"VLM_FILM_{name.upper()}": str(value) for name, value in variables.items()}, str(tmp_path))
 
 

@@ -127,7 +127,7 @@ def make_host(name: str = "third_party_net") -> Any:
 
 
 def runtime(tmp_path: Path, mode: str = "on", **settings: str) -> Runtime:
-    environ = {"VLM_FILM_ENCODER": "descriptor", "VLM_FILM_CACHE_DIR": "cache", "VLM_FILM_COND_DIM": "4"}
+    environ = {"VLM_FILM_ENCODER": "descriptor", "VLM_FILM_CACHE_DIR": "cache", "VLM_FILM_COND_DIM": "4", "VLM_FILM_FEATURE_TRANSFORM": "none"}
     return Runtime(mode, environ | {f"VLM_FILM_{name}": value for name, value in settings.items()}, str(tmp_path))
 
 

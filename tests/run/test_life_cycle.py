@@ -18,7 +18,7 @@ from vlmfilm_plugin.forward import context as conditioning
 from vlmfilm_plugin.forward.attach import attach
 from vlmfilm_plugin.forward.handle import FilmHandle
 
-SETTINGS = {"VLM_FILM_ENCODER": "descriptor", "VLM_FILM_COND_DIM": "16", "VLM_FILM_TEXT_MLP_HIDDEN_DIM": "16"}
+SETTINGS = {"VLM_FILM_ENCODER": "descriptor", "VLM_FILM_COND_DIM": "16", "VLM_FILM_TEXT_MLP_HIDDEN_DIM": "16", "VLM_FILM_FEATURE_TRANSFORM": "none"}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 

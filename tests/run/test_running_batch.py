@@ -21,7 +21,7 @@ IMAGE = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(5))
 
 
 def parts(folder: Path, mode: str = "on", **given: object) -> tuple[FilmHandle, FilmStates, Diagnostics]:
-    settings = resolve([("argument", {"encoder": "descriptor", "cache_dir": str(folder), **given})])
+    settings = resolve([("argument", {"encoder": "descriptor", "cache_dir": str(folder), "feature_transform": "none", **given})])
     handle = install(SmallUNet(), settings, mode)
     randomise(handle.film)
     return handle, FilmStates(lambda: settings), Diagnostics(settings)

@@ -14,6 +14,7 @@ from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.settings.record import FIELDS, Settings
 
 _TRANSFORM = "feature_transform."
+_UNBOUNDED = "gamma_scale and beta_scale null, feature_transform none"
 
 
 def from_port(checkpoint: Mapping[str, Any], films: list[tuple[str, FilmModule]], settings: Settings) -> dict[str, str]:
@@ -93,7 +94,10 @@ def _require_place(film: FilmModule, readings: list[Reading]) -> None:
     built = [f"apply_point={here[0]} decoder_stages={list(here[1])}", *other]
     raise CheckpointError(
         "cannot load this checkpoint of the soft-seg port: its FiLM acts elsewhere, or in another way, than this model's",
-        {"this model": " ".join(built), "expected": " or ".join(f"{item}, gamma_scale and beta_scale null, feature_transform none" for item in readings)},
+        {
+            "this model": " ".join(built),
+            "expected": " or ".join(f"{item}, {_UNBOUNDED}" for item in readings),
+        },
         "build the model with these settings, or let the checkpoint decide them by loading it with `load_from_checkpoint`",
     )
 

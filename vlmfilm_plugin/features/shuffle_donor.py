@@ -111,15 +111,9 @@ class ShuffleDonors:
         for member in self._shuffle.donors(own, step, known.split):
             name, other = known.files[member]
             if self._is_other_image(path, other):
-                key = self._key_like(sample, known.files[own][0], name, other)
+                key = key_like(sample, known.files[own][0], name, other, self._provider.dataset_root)
                 return key, self._provider.get([Sample(key, other, lambda other=other: read_image(other))])[0]  # type: ignore[misc]
         return None
-
-    def _key_like(self, sample: Sample, own_name: str, name: str, path: Path) -> str:
-        """Return the key of another image of the same data set, made as the key of `sample` was: of its name, or of its file."""
-        split, root = split_in(sample.key), self._provider.dataset_root
-        is_named = name_key(own_name, split, root) == sample.key
-        return name_key(name, split, root) if is_named else path_key(path, split, root)
 
     def _from_store(self, sample: Sample, step: int) -> Donor | None:
         store, identity = self._provider.store, self._provider.encoder.identity
@@ -157,6 +151,13 @@ class ShuffleDonors:
             stamp = SourceStamp.of(path)
             known = self._digests[path] = (stamp.size, stamp.mtime_ns, stamp.digest)
         return known[2]
+
+
+def key_like(sample: Sample, own_name: str, name: str, path: Path, dataset_root: str | None) -> str:
+    """Return the key of another image of the same data set, made as the key of `sample` was: of its name, or of its file."""
+    split = split_in(sample.key)
+    is_named = name_key(own_name, split, dataset_root) == sample.key
+    return name_key(name, split, dataset_root) if is_named else path_key(path, split, dataset_root)
 
 
 def split_prefix(key: str) -> str:

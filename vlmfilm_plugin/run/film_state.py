@@ -15,6 +15,7 @@ from vlmfilm_plugin.features.shuffle_donor import DataSets, ShuffleDonors
 from vlmfilm_plugin.film.module import FilmModule
 from vlmfilm_plugin.run.batch_strategy import BatchStrategy
 from vlmfilm_plugin.run.feature_lookup import FeatureLookup
+from vlmfilm_plugin.run.training_statistics import TrainingStatistics
 from vlmfilm_plugin.settings.record import Settings
 
 
@@ -26,6 +27,7 @@ class FilmState:
         provider: of its encoder's features; modules with equal settings share one.
         donors: the rule of mode `shuffle` for its features.
         lookup: its features, through its own strategy.
+        statistics: finds those of its transform of features.
     """
 
     def __init__(self, settings: Settings, provider: FeatureProvider, data_sets: DataSets) -> None:
@@ -33,6 +35,7 @@ class FilmState:
         self.donors = ShuffleDonors(provider, Shuffle.from_settings(settings), data_sets)
         strategy = BatchStrategy(settings.batch_strategy, settings.reuse_policy, settings.update_interval_steps_train)
         self.lookup = FeatureLookup(provider, strategy)
+        self.statistics = TrainingStatistics(provider, data_sets)
 
 
 class FilmStates:

@@ -33,6 +33,7 @@ class HostBatch:
         value_range: (low, high) of the images.
         rows: which sample each row of a UNet forward belongs to.
         is_fit: False where a trainer validates a checkpoint: its epoch counts from 0 and says nothing of the training.
+        is_in_fit: True where a trainer says that it trains, its validation included.
     """
 
     content: Any
@@ -43,6 +44,7 @@ class HostBatch:
     epoch: int | None = None
     batch_idx: int | None = None
     is_fit: bool = True
+    is_in_fit: bool = False
 
 
 class RunningBatch:
@@ -66,6 +68,7 @@ class RunningBatch:
         self._row_index = RowIndex(given.rows, given.phase, self.image)
         self._kept = KeptContexts()
         self._features: dict[Any, Tensor] = {}
+        self._transformed: dict[Any, Tensor] = {}
         self._recorded: set[str] = set()
         self._is_logged = diagnostics.is_logged(given.phase, given.step, given.batch_idx)
         self._facts: StepFacts | None = None
@@ -90,9 +93,9 @@ class RunningBatch:
         gate = None if masks is None else self._gate(film, x, image, index, masks)
         recorder = None if masks is None else self._recorder(film)
         if film.training or torch.is_grad_enabled():
-            return ForwardContext(film, features, index, recorder=recorder, gate=gate)
+            return ForwardContext(film, features, index, recorder=recorder, gate=gate, waits=film.waits)
         context = self._kept.context(film, x, features, index)
-        context.recorder, context.gate = recorder, gate
+        context.recorder, context.gate, context.waits = recorder, gate, film.waits
         return context
 
     def _gate(self, film: FilmModule, x: Tensor, image: Tensor | None, index: Tensor | None, masks: MaskReader) -> SpatialGate | None:
@@ -108,11 +111,15 @@ class RunningBatch:
         return StageRecorder(self._diagnostics, self._facts or self._step_facts(film, None, None))
 
     def _features_for(self, film: FilmModule, device: torch.device) -> Tensor:
-        """Return the features (S, F) of the samples; memory, store and encoder are asked once a batch."""
-        key = (film.architecture.fingerprint, film.film_id, device)
+        """Return the features (S, F) of the samples, transformed; memory, store and encoder are asked once a batch."""
+        key = (film.architecture.fingerprint, film.film_id)
         if key not in self._features:
-            self._features[key] = self._look_up(film).to(device, non_blocking=True)
-        return self._features[key]
+            self._features[key] = self._look_up(film)
+        # By module: a copy may have been given statistics of its own.
+        if (film, device) not in self._transformed:
+            features = self._features[key]
+            self._transformed[film, device] = (features if film.waits else film.transform(features)).to(device, non_blocking=True)
+        return self._transformed[film, device]
 
     def _look_up(self, film: FilmModule) -> Tensor:
         given, state = self.given, self._states.of(film)
@@ -122,6 +129,10 @@ class RunningBatch:
         found = state.lookup.of_batch(given.content, self.image, given.value_range, step=given.step, is_train=is_train, files=self._files)
         if found.is_without_file:
             self._diagnostics.warn_of_tensors(given.phase)
+        if is_train:
+            state.statistics.before_step(film, found)
+        else:
+            state.statistics.require(film, given.phase, found.features, is_in_fit=given.is_in_fit)
         features, permutation = self._shuffle(state, found) if film.mode == "shuffle" else (found.features, None)
         self._diagnostics.cache_stats(given.step, state.provider.stats)
         self._facts = self._step_facts(film, found, permutation)

@@ -218,7 +218,9 @@ class Runtime:
             raise ConditionError(f"cannot publish a batch: unknown phase {phase!r}", {"expected": ", ".join(PHASES)}, "correct `phase`")
         if step is None:
             step = self._step_of(owner, phase)
-        given = HostBatch(batch, phase, value_range, rows, step, getattr(owner, "current_epoch", None), batch_idx, _is_fit(owner))
+        doing = _doing(owner)
+        epoch = getattr(owner, "current_epoch", None)
+        given = HostBatch(batch, phase, value_range, rows, step, epoch, batch_idx, is_fit=doing in (None, "fit"), is_in_fit=doing == "fit")
         if phase == "train" and self.attached:
             # A host's loop may save by `torch.save` alone, which nothing here sees.
             write_how_to_load_at_exit()
@@ -237,9 +239,9 @@ class Runtime:
         return max(count, 0)
 
 
-def _is_fit(owner: Any) -> bool:
-    """Tell whether a step belongs to a training, its validation included; a host that does not say so trains."""
+def _doing(owner: Any) -> str | None:
+    """Return what the trainer of a step says that it does: `fit`, its validation included, `validate`, `test`, ...; None where none says so."""
     # The attribute behind Lightning's property, which raises where no trainer is attached.
     trainer = getattr(owner, "_trainer", None)
     doing = getattr(getattr(trainer, "state", None), "fn", None)
-    return doing is None or str(getattr(doing, "value", doing)) == "fit"
+    return None if doing is None else str(getattr(doing, "value", doing))
