@@ -50,10 +50,8 @@ def feature_of(features: FeatureProvider, path: Path) -> np.ndarray[Any, Any]:
 
 
 def runtime(cache: Path, mode: str = "on", **variables: str) -> Runtime:
-    return Runtime(
     raw = {"VLM_FILM_FEATURE_TRANSFORM": "none"}
     return Runtime(mode, {"VLM_FILM_ENCODER": "descriptor", "VLM_FILM_CACHE_DIR": str(cache), **raw, **variables}, str(cache))
-    )
 
 
 def test_two_files_of_one_name_size_and_time_keep_their_own_features(tmp_path: Path) -> None:
