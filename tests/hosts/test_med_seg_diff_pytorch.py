@@ -52,6 +52,10 @@ def test_training_moves_heads_and_projection_and_samples_stay_finite(tmp_path: P
             SETUP
             + """
 before = {n: p.detach().clone() for n, p in diffusion.named_parameters() if "vlm_film" in n}
+train(1)
+still = [n for n, p in diffusion.named_parameters() if n in before and not torch.equal(before[n], p)]
+assert not still, f"FiLM is the identity until eight different images are counted: {still}"
+image = torch.rand(4, 3, 32, 32)
 train(4)
 moved = [n for n, p in diffusion.named_parameters() if n in before and not torch.equal(before[n], p)]
 sample = diffusion.sample(image)
@@ -85,6 +89,7 @@ print(json.dumps({"lookups": calls, "forwards": len(forwards)}))
 """,
         tmp_path,
         "on",
+        VLM_FILM_FEATURE_TRANSFORM="none",
     )
     assert last_json(output) == {"lookups": [4], "forwards": 8}
 
@@ -131,9 +136,10 @@ def test_a_unet_called_on_its_own_is_refused_with_the_way_out(tmp_path: Path) ->
 
 
 def test_state_dict_round_trip_carries_the_architecture_and_refuses_another(tmp_path: Path) -> None:
-    run('train(2); torch.save(diffusion.state_dict(), "film.pt"); print("{}")', tmp_path, "on")
+    run('image = torch.rand(8, 3, 32, 32); mask = torch.rand(8, 1, 32, 32); train(2); torch.save(diffusion.state_dict(), "film.pt")', tmp_path, "on")
     load = """
 missing = diffusion.load_state_dict(torch.load("film.pt", weights_only=True))
+assert model.vlm_film.feature_transform.statistics.facts.count == 8
 print(json.dumps({"moved": float(model.vlm_film.heads[0].mlp[2].weight.abs().sum())}))
 """
     assert last_json(run(load, tmp_path, "on"))["moved"] != 0.0

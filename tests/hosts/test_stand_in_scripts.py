@@ -101,7 +101,7 @@ def test_a_plain_baseline_evaluates_the_same_with_film_at_identity_and_one_warni
     plain = stand_in.train("plain", None)
     assert "VLM" not in plain and not any("vlm_film" in name for name in load(stand_in.checkpoint("plain"))["state_dict"])
     stand_in.evaluate("plain", None)
-    output = stand_in.evaluate("plain", "on", VLM_FILM_ENCODER="descriptor")
+    output = stand_in.evaluate("plain", "on", VLM_FILM_ENCODER="descriptor", VLM_FILM_FEATURE_TRANSFORM="none")
     assert output.count("WARNING: the checkpoint has no FiLM weights") == 1
     scores = [json.loads((stand_in.output(f"plain-{mode}") / "metrics.json").read_text()) for mode in (None, "on")]
     assert scores[0] == scores[1]
@@ -238,7 +238,8 @@ def test_text_mode_conditions_the_host(stand_in: StandIn, tiny_qwen: Path) -> No
 def test_a_frozen_host_keeps_every_weight_and_its_optimizer_holds_film_alone(stand_in: StandIn) -> None:
     stand_in.train("frozen", "on", VLM_FILM_FREEZE_HOST="1")
     checkpoint = load(stand_in.checkpoint("frozen"))
-    film = [name for name in checkpoint["state_dict"] if "vlm_film" in name and not name.endswith("_extra_state")]
+    film = [name for name in checkpoint["state_dict"] if "vlm_film." in name and not name.endswith("_extra_state")]
+    film = [name for name in film if ".feature_transform." not in name]
     assert len(checkpoint["optimizer_states"][0]["param_groups"][0]["params"]) == len(film)
     code = f"""
     import torch, yaml, lightning as L

@@ -249,9 +249,9 @@ DescriptorEncoder.encode = encode
 
 class Process:
     "What one process of a run holds: a runtime over the shared store, a model, its optimizer."
-    def __init__(self, mode="on"):
+    def __init__(self, mode="on", **given):
         variables = {"VLM_FILM_ENCODER": "descriptor", "VLM_FILM_COND_DIM": "4", "VLM_FILM_TEXT_MLP_HIDDEN_DIM": "6",
-                     "VLM_FILM_CACHE_DIR": f"{FOLDER}/cache", "VLM_FILM_ON_MISSING_FEATURE": "encode"}
+                     "VLM_FILM_CACHE_DIR": f"{FOLDER}/cache", "VLM_FILM_ON_MISSING_FEATURE": "encode", **given}
         self.runtime = Runtime(mode, variables, FOLDER)
         torch.manual_seed(0)
         unet = SmallUNet().double()
@@ -317,6 +317,68 @@ def shuffle_draws_the_same_permutation_on_every_rank():
     assert len(seen) == 6 and everyones[0] == everyones[1], everyones
     assert len({tuple(p) for p in seen}) > 1, "one permutation for all steps"
     assert not any(row == source for p in seen for row, source in enumerate(p))
+"""
+
+STATISTICS = """
+from vlmfilm_plugin.features.training_images import TrainingImages
+
+def statistics_of(process):
+    "Return the statistics of this process, after a check that all have the same, buffers and state dict included."
+    transform = process.handle.film.feature_transform
+    named = {name: value for name, value in process.handle.unet.state_dict().items() if "feature_transform" in name}
+    mine = {name: value.numpy().tobytes() for name, value in [*named.items(), *transform.named_buffers()]}
+    everyones = [None] * SIZE
+    dist.all_gather_object(everyones, mine)
+    assert everyones[0] == everyones[1] and len(mine) == 3, everyones
+    return transform.statistics
+
+def mean_of(process, files):
+    return process.runtime.states.of(process.handle.film).provider.of_images(files).double().mean(0).float()
+
+@scenario
+def statistics_of_listed_images_are_equal_and_each_rank_encodes_its_share():
+    process = Process(VLM_FILM_CACHE_DIR=f"{FOLDER}/listed")
+    process.runtime.learn_image_files((f"train/image/{i}.png", file) for i, file in enumerate(FILES))
+    shares, plain_share = [], TrainingImages.features_of
+    TrainingImages.features_of = lambda self, images: (shares.append([path for _, path in images]), plain_share(self, images))[1]
+    process.step([0, 1] if RANK == 0 else [4, 5])
+    TrainingImages.features_of = plain_share
+    assert shares == [FILES[RANK::SIZE]], shares
+    found = statistics_of(process)
+    assert found.facts.is_frozen and found.facts.count == 8
+    assert torch.equal(found.mean, mean_of(process, FILES))
+    dist.barrier()
+
+@scenario
+def statistics_counted_on_each_rank_are_those_of_the_images_of_all():
+    process = Process(VLM_FILM_CACHE_DIR=f"{FOLDER}/counted")
+    process.step([0, 1] if RANK == 0 else [2, 3])
+    assert statistics_of(process).facts.count == 4 and process.handle.film.waits
+    process.step([0, 4] if RANK == 0 else [2, 0])
+    assert statistics_of(process).facts.count == 5
+    process.step([5, 6] if RANK == 0 else [7, 7], 1)
+    found = statistics_of(process)
+    assert found.facts.count == 8 and not process.handle.film.waits
+    torch.testing.assert_close(found.mean, mean_of(process, FILES))
+    process.step([0, 1] if RANK == 0 else [2, 3], 2)
+    same_on_all_ranks(process.handle.unet)
+    dist.barrier()
+
+@scenario
+def an_image_that_one_rank_cannot_read_stops_every_rank():
+    process = Process(VLM_FILM_CACHE_DIR=f"{FOLDER}/damaged")
+    damaged = f"{FOLDER}/train/image/9.png"
+    if RANK == 0:
+        with open(damaged, "wb") as file:
+            file.write(b"no image")
+    dist.barrier()
+    process.runtime.learn_image_files((f"train/image/{i}.png", file) for i, file in [*enumerate(FILES), (9, damaged)])
+    try:
+        process.step([0, 1])
+    except RuntimeError as error:
+        assert type(error).__name__ == "ImageReadError" and "9.png" in str(error), error
+    else:
+        raise AssertionError("it went on")
 """
 
 FSDP = """
@@ -448,7 +510,7 @@ def run(folder: Path, code: str, limit: float = 150) -> Run:
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run(tmp_path_factory.mktemp("ddp"), DDP + MODES + STORE + REENTRANT)
+    return run(tmp_path_factory.mktemp("ddp"), DDP + MODES + STORE + STATISTICS + REENTRANT)
 
 
 @pytest.fixture(scope="module")
@@ -510,6 +572,15 @@ def test_ranks_share_one_store_file(ddp: Run) -> None:
 
 def test_shuffle_draws_one_permutation_for_all_ranks_by_the_step(ddp: Run) -> None:
     ddp.passed("shuffle_draws_the_same_permutation_on_every_rank")
+
+
+def test_statistics_of_features_are_equal_on_every_rank_to_the_bit(ddp: Run) -> None:
+    ddp.passed("statistics_of_listed_images_are_equal_and_each_rank_encodes_its_share")
+    ddp.passed("statistics_counted_on_each_rank_are_those_of_the_images_of_all")
+
+
+def test_ranks_stop_together_where_one_cannot_find_the_statistics(ddp: Run) -> None:
+    ddp.passed("an_image_that_one_rank_cannot_read_stops_every_rank")
 
 
 def test_rank_0_alone_writes_the_lines_of_a_film_run(ddp: Run) -> None:

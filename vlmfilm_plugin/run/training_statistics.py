@@ -53,6 +53,8 @@ class TrainingStatistics:
             if is_first:
                 self._say_whose(transform, batch)
             return
+        # A count that was begun goes on, also after a resumption: what it stored itself since then is no warm-up.
+        is_first = is_first and transform.statistics is None
         made = self._of_the_split(film, transform, batch) if is_first else None
         if made is not None:
             film.take_statistics(made)
