@@ -68,7 +68,8 @@ class Watch:
             stage[1].register_forward_hook(lambda m, a, y, i=i: self.after(i, y))
     @torch.no_grad()
     def before(self, *_):
-        self.want = [head(self.film.project(features_of(self.batch))) for head in self.film.heads]
+        given = self.film.transform(features_of(self.batch))
+        self.want = [head(self.film.project(given)) for head in self.film.heads]
     @torch.no_grad()
     def after(self, i, y):
         repeats = y.shape[0] // self.want[i][0].shape[0]
@@ -173,8 +174,11 @@ def lr_find():
     run.callbacks.append(Now())
     run.fit(model, *loaders())
     assert watch.checked == 4 * 2 * 2 and run.global_step == 4 * 2
+    # What the finder put back had no statistics: they were made anew of all that is listed.
+    assert film_of(model).feature_transform.statistics.facts.is_frozen
 
 def predictor(mode, is_published):
+    os.environ["VLM_FILM_FEATURE_TRANSFORM"] = "none"  # nothing is trained, or too few images are
     cls = start(mode)
     class Predictor(cls):
         def predict_step(self, batch, batch_idx):
@@ -246,6 +250,7 @@ def manual_optimization_with_a_teacher_in_evaluation():
 
 @scenario
 def weights_swapped_in_a_validation_step():
+    os.environ["VLM_FILM_FEATURE_TRANSFORM"] = "none"  # nothing is trained, or too few images are
     cls = start("on")
     class Both(cls):
         def validation_step(self, batch, batch_idx):
@@ -264,6 +269,7 @@ def weights_swapped_in_a_validation_step():
 
 @scenario
 def an_explicit_batch_inside_a_step():
+    os.environ["VLM_FILM_FEATURE_TRANSFORM"] = "none"  # nothing is trained, or too few images are
     cls = start("on")
     model = build(cls)
     first, second = loaders()[0]
@@ -306,6 +312,8 @@ def accumulation():
     assert all(float(found[f"unet.base_unet.vlm_film.{name}"].norm()) > 0 for name, _ in film_of(model).named_parameters())
 
 def precision(name, dtype, names=True):
+    if not names:
+        os.environ["VLM_FILM_FEATURE_TRANSFORM"] = "none"  # four images, which cannot be listed
     model = build(start("on"))
     outputs, gammas = [], []
     unet = model.unet.base_unet

@@ -35,6 +35,7 @@ class TrainingStatistics:
     def __init__(self, provider: FeatureProvider, data_sets: DataSets) -> None:
         self._provider, self._images = provider, TrainingImages(provider, data_sets)
         self._has_begun = False
+        self._is_unlisted = False
         self._waited = 0
 
     def before_step(self, film: FilmModule, batch: BatchFeatures) -> None:
@@ -53,14 +54,15 @@ class TrainingStatistics:
             if is_first:
                 self._say_whose(transform, batch)
             return
-        # A count that was begun goes on, also after a resumption: what it stored itself since then is no warm-up.
-        is_first = is_first and transform.statistics is None
-        made = self._of_the_split(film, transform, batch) if is_first else None
-        if made is not None:
-            film.take_statistics(made)
-            film_logger().info("[VLM] feature_transform %s: statistics of %s", ", ".join(transform.steps), made.facts)
-            return
-        if is_first:
+        # A count that was begun goes on, also after a resumption: what it stored itself since then is no warm-up. Where statistics are gone
+        # again (a learning-rate finder puts back what it found), they are made anew.
+        if transform.statistics is None and not self._is_unlisted:
+            made = self._of_the_split(film, transform, batch)
+            if made is not None:
+                film.take_statistics(made)
+                film_logger().info("[VLM] feature_transform %s: statistics of %s", ", ".join(transform.steps), made.facts)
+                return
+            self._is_unlisted = True
             film_logger().info(
                 "[VLM] feature_transform %s: the host's training images cannot be listed, so its statistics are counted over the first %d "
                 "different ones; FiLM is the identity until %d are",
