@@ -62,7 +62,7 @@ def test_a_transform_that_was_asked_for_is_an_error_until_it_is_fitted() -> None
     handle = attached(feature_transform=["center", "l2norm"])
     with pytest.raises(ConditionError, match="`feature_transform` has no statistics") as caught:
         run(handle)
-    assert "center, l2norm" in str(caught.value) and "handle.fit(features=...)" in str(caught.value)
+    assert "center, l2norm" in str(caught.value) and "call `fit(features=...)`" in str(caught.value)
     with handle.mode("off"):
         assert torch.equal(run(handle), plain())
     handle.fit(TRAINING)

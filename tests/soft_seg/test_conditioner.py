@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import vlmfilm_plugin
-from vlmfilm_plugin.errors import ConditionError, FeatureError, SettingsError
+from vlmfilm_plugin.errors import CheckpointError, ConditionError, FeatureError, SettingsError
 from vlmfilm_plugin.film.layers import AdaptiveFiLMHead
 from vlmfilm_plugin.soft_seg.apply import apply_vlm_film
 from vlmfilm_plugin.soft_seg.conditioner import VLMConditioner, VLMFiLMConditioner
@@ -147,6 +147,33 @@ def test_different_images_get_different_vectors_and_position_does_not_matter(tmp
     found = vectors(conditioner, image)
     assert len({tuple(row.tolist()) for row in found}) == 3
     torch.testing.assert_close(vectors(conditioner, image.flip(0)), found.flip(0))
+
+
+def test_the_transform_is_an_option_that_is_fitted_and_travels(tmp_path: Path) -> None:
+    image = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    training = [torch.rand(16, 16, generator=torch.Generator().manual_seed(seed)).numpy() for seed in range(1, 9)]
+    raw, centred = build(tmp_path), build(tmp_path, feature_transform="center")
+    assert raw.feature_transform is None and not [name for name in raw.state_dict() if "transform" in name]
+    with pytest.raises(ConditionError, match="cannot fit this conditioner"):
+        raw.fit(images=training)
+    with pytest.raises(ConditionError, match="has no statistics"):
+        centred.compute_condition(image)
+    centred.fit(images=training)
+    mean = centred._provider.of_images(training).double().mean(0).float()
+    centred.image_to_cond.load_state_dict(raw.image_to_cond.state_dict())
+    found, features = centred.compute_condition(image), raw._provider.get(raw._provider.samples_of({}, image, (-1.0, 1.0)))
+    assert found is not None and torch.equal(found["cond_vec"], raw.image_to_cond(features - mean))
+    loaded = build(tmp_path, feature_transform="center")
+    loaded.load_state_dict(centred.state_dict())
+    again = loaded.compute_condition(image)
+    assert again is not None and torch.equal(again["cond_vec"], found["cond_vec"])
+    with pytest.raises(ConditionError, match="never change"):
+        loaded.fit(images=training)
+    state = centred.state_dict()
+    facts = bytes(state["feature_transform._extra_state"].tolist()).replace(b"descriptor-", b"other-")
+    state["feature_transform._extra_state"] = torch.frombuffer(bytearray(facts), dtype=torch.uint8)
+    with pytest.raises(CheckpointError, match="of the features of another encoder"):
+        loaded.load_state_dict(state)
 
 
 @pytest.mark.parametrize("shape", [(24, 20), (1, 24, 20), (3, 1, 1, 24, 20)])

@@ -139,5 +139,5 @@ def unfitted(steps: Sequence[str]) -> ConditionError:
     return ConditionError(
         "cannot transform features: `feature_transform` has no statistics",
         {"feature_transform": ", ".join(steps), "found": "no statistics", "expected": "those of training images"},
-        "call `handle.fit(features=...)` or `handle.fit(images=...)` first, or set `feature_transform: none`",
+        "call `fit(features=...)` or `fit(images=...)` first, or set `feature_transform: none`",
     )

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.features.cache_key import CacheKeys
-from vlmfilm_plugin.features.provider import FeatureProvider
+from vlmfilm_plugin.features.provider import FeatureProvider, check_features
 from vlmfilm_plugin.features.samples import Sample
 from vlmfilm_plugin.features.shuffle import Shuffle, images_of
 from vlmfilm_plugin.features.shuffle_donor import DataSets, ShuffleDonors
+from vlmfilm_plugin.film.feature_statistics import Facts, check_facts, made_of, read_facts
+from vlmfilm_plugin.film.feature_transform import FeatureTransform
 from vlmfilm_plugin.film.layers import ImageToConditionVector, TextToConditionVector
 from vlmfilm_plugin.film.statistics import condition_statistics
 from vlmfilm_plugin.run.batch_strategy import BatchStrategy
@@ -34,6 +36,8 @@ class VLMConditioner(nn.Module):
         enabled: False makes `compute_condition` return None.
         value_range: (low, high) of the images that `compute_condition` will be given; it is never guessed from a tensor.
         encoder: name of the encoder; `descriptor` needs no model.
+        feature_transform: what is done to features before the projection; the port uses them as they are. One with statistics is fitted
+            first, by `fit`; they travel in this module's state dict.
 
     The other arguments are the settings of the same names; their defaults are the settings' defaults. The model is loaded at the
     first image whose feature is not stored; it is in no state dict, optimizer or copy of this module.
@@ -64,6 +68,7 @@ class VLMConditioner(nn.Module):
         vlm_cache_stats_every_n_steps: int = 200,
         *,
         encoder: str = "qwen2_5_vl",
+        feature_transform: str | Sequence[str] = "none",
         value_range: tuple[float, float] = (-1.0, 1.0),
     ) -> None:
         super().__init__()
@@ -85,6 +90,38 @@ class VLMConditioner(nn.Module):
             self.text_to_cond = TextToConditionVector(feature_dim, cond_dim, text_mlp_hidden_dim)
         else:
             self.image_to_cond = ImageToConditionVector(feature_dim, cond_dim)
+        steps = self.settings.feature_transform
+        self.feature_transform = FeatureTransform(steps, feature_dim) if steps else None
+
+    def fit(self, features: Tensor | None = None, *, images: Sequence[Any] | None = None) -> None:
+        """Set the statistics of `feature_transform` from training images; they never change afterwards.
+
+        Args:
+            features: (N, F) of N training images, at least two different ones, as the encoder gave them.
+            images: N training images instead: paths, PIL images or arrays.
+
+        Raises:
+            ConditionError: both or neither were given, or the transform takes no statistics, or has them already.
+            FeatureError: wrong width, values that are not finite, fewer than two different images; or, under `standardize`, a dimension in
+                which they are all alike.
+        """
+        transform = getattr(self, "feature_transform", None)
+        if transform is None or (features is None) == (images is None):
+            found = "no `feature_transform`" if transform is None else "both or neither of features and images"
+            facts = {"found": found, "expected": "a transform with statistics, and features or images"}
+            raise ConditionError("cannot fit this conditioner", facts, "set `feature_transform`, and pass one of both")
+        if features is None:
+            features = self._provider.of_images(list(images or ()))
+        check_features(features, self._provider.encoder.feature_dim)
+        facts_ = Facts(self._provider.encoder.identity.fingerprint, "given", "given to `fit`")
+        transform.take(made_of(features, facts_, transform.steps))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        extra = state_dict.get(f"{prefix}feature_transform._extra_state")
+        if self.enabled and extra is not None and (facts := read_facts(extra)) is not None:
+            identity = self._provider.encoder.identity
+            check_facts(facts, identity.fingerprint, self._provider.encoder.feature_dim, identity.fingerprints)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def compute_condition(
         self,
@@ -113,7 +150,7 @@ class VLMConditioner(nn.Module):
             `donor_cond_vec` (B, cond_dim), made from another image of its split. None when not enabled.
 
         Raises:
-            ConditionError: the images or their names do not fit, or there is no donor.
+            ConditionError: the images or their names do not fit, or there is no donor; or `feature_transform` has not been fitted.
         """
         if not self.enabled:
             return None
@@ -131,7 +168,7 @@ class VLMConditioner(nn.Module):
         features, samples, source = found.features, found.used, lookup.provider
         projection = self.text_to_cond if s.use_text_prompt_cond else self.image_to_cond
         device = next(projection.parameters()).device
-        cond_vec = projection(features.to(device))
+        cond_vec = projection(self._transformed(features).to(device))
         step = self._calls.count(global_step, is_train)
         debug = self._debug(names, samples, cond_vec, step, is_train) | cache_fields(found.cache)
         result = {"cond_vec": cond_vec, "_dbg": debug}
@@ -141,9 +178,12 @@ class VLMConditioner(nn.Module):
             debug["images"] = [known.setdefault(image, key) for image, key in zip(images_of(features), debug["keys"], strict=True)]
             if len(known) == 1:
                 debug["shuffle_donor"], donor = self._donors_of(source).donor(samples[0], step)
-                result["donor_cond_vec"] = projection(donor.expand(len(samples), -1).to(device))
+                result["donor_cond_vec"] = projection(self._transformed(donor.expand(len(samples), -1)).to(device))
         self._diagnostics.cache_stats(step, source.stats)
         return result
+
+    def _transformed(self, features: Tensor) -> Tensor:
+        return features if self.feature_transform is None else self.feature_transform(features)
 
     def _debug(self, names: CacheKeys, samples: list[Sample], cond_vec: Tensor, step: int, is_train: bool) -> dict[str, Any]:
         phase, keys = "train" if is_train else "val", [sample.key for sample in samples]
