@@ -11,6 +11,10 @@ import torch
 from processes import forked, forked_code, python, succeed
 from stand_in import StandIn
 
+from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
+from vlmfilm_plugin.features.images import read_image
+from vlmfilm_plugin.film.feature_statistics import read_facts
+
 FLOW, MULTITASK, DIFFUSION = "medsegdiff_flow", "medsegdiff_flow_multitask", "medsegdiff"
 
 
@@ -40,6 +44,11 @@ def test_training_moves_the_heads_inside_the_unet_and_the_checkpoint_describes_t
     assert all(film[f"unet.base_unet.vlm_film.heads.{i}.mlp.2.weight"].abs().sum() > 0 for i in range(2))
     assert checkpoint["vlm_film_trained_stages"] == [0, 1]
     assert checkpoint["vlm_film"]["settings"]["encoder"] == "descriptor"
+    # Four training images, two of validation and three of the test; the run averages its weights (SWA).
+    statistics = read_facts(film["unet.base_unet.vlm_film.feature_transform._extra_state"])
+    assert statistics is not None and (statistics.count, statistics.split, statistics.is_frozen) == (4, "train", True)
+    expected = DescriptorEncoder().encode([read_image(path) for path in sorted((trained[0].data / "train" / "image").glob("*.png"))]).half().double()
+    assert torch.equal(film["unet.base_unet.vlm_film.feature_transform.mean"], expected.mean(0).float())
 
 
 def test_training_prints_the_lines_of_a_film_run(trained: tuple[StandIn, str]) -> None:
@@ -188,6 +197,9 @@ def test_multitask_and_diffusion_train_and_evaluate(stand_in: StandIn, arch: str
     prefixes = {name.split("vlm_film")[0] for name in state if "vlm_film" in name}
     assert prefixes == ({"unet.base_unet."} if arch == MULTITASK else {"diffusion_model.model.", "ema_model.model."})
     assert all(state[f"{prefix}vlm_film.heads.0.mlp.2.weight"].abs().sum() > 0 for prefix in prefixes)
+    # An EMA copy was made before anything was known of the training images.
+    means = [state[f"{prefix}vlm_film.feature_transform.mean"] for prefix in prefixes]
+    assert float(means[0].norm()) > 0 and all(torch.equal(mean, means[0]) for mean in means)
     for mode in ("on", "off", "shuffle"):
         stand_in.evaluate(arch, mode, arch)
 

@@ -450,6 +450,21 @@ def film_sharded_apart():
         raise AssertionError("a shard was taken for the whole")
 
 @scenario
+def fitted_after_sharding():
+    handle = build("on")
+    shard(handle, True)
+    handle.fit(features(50))
+    state = get_model_state_dict(handle.unet, options=StateDictOptions(full_state_dict=True))
+    mean = features(50).mean(0).float()
+    assert torch.equal(state["vlm_film.feature_transform.mean"], mean.double())
+    loss_of(handle.unet, handle, RANK).backward()
+    other = build("on")
+    shard(other, True)
+    set_model_state_dict(other.unet, state, options=StateDictOptions(full_state_dict=True))
+    assert torch.equal(other.film.transform(features(RANK)), features(RANK) - mean)
+    assert torch.equal(loss_of(other.unet, other, RANK), loss_of(handle.unet, handle, RANK))
+
+@scenario
 def full_state_dict_round_trip():
     handle = build("on")
     expected = {name: value.clone() for name, value in handle.unet.state_dict().items()}
@@ -595,6 +610,10 @@ def test_fsdp2_steps_equal_those_of_one_process(fsdp: Run, name: str) -> None:
 
 def test_fsdp2_full_state_dict_round_trip_keeps_the_heads(fsdp: Run) -> None:
     fsdp.passed("full_state_dict_round_trip")
+
+
+def test_fsdp2_takes_the_statistics_of_features_along(fsdp: Run) -> None:
+    fsdp.passed("fitted_after_sharding")
 
 
 def test_fsdp2_mixed_precision_trains_the_heads(fsdp: Run) -> None:

@@ -149,14 +149,18 @@ def test_one_image_under_many_names_counts_once_and_alone_is_refused(tmp_path: P
 
 
 def test_standardize_is_refused_where_the_training_images_are_alike_in_a_dimension(tmp_path: Path) -> None:
-    run = Run(tmp_path, VLM_FILM_FEATURE_TRANSFORM="standardize")
+    # Flat images have no contrast: the descriptor's columns for it are zero for all of them.
+    flat = Run(tmp_path / "flat", VLM_FILM_FEATURE_TRANSFORM="standardize", VLM_FILM_ACCEPT_NARROW_RANGE="true")
+    for number, file in enumerate(flat.files["train"]):
+        Image.fromarray(np.full((12, 12), 20 * number, np.uint8)).save(file)
+    with pytest.raises(FeatureError, match="cannot standardize features: they are constant in a dimension") as caught:
+        flat.step(0, 1)
+    assert "feature_transform: center" in str(caught.value)
+    run = Run(tmp_path / "textured", VLM_FILM_FEATURE_TRANSFORM="standardize")
+    run.step(0, 1)
+    assert run.statistics is not None and run.statistics.std is not None
     features = run.provider.of_images(run.files["train"])
-    if int((features.std(0) == 0).sum()):
-        with pytest.raises(FeatureError, match="constant in a dimension"):
-            run.step(0, 1)
-    else:
-        run.step(0, 1)
-        assert run.statistics is not None and run.statistics.std is not None
+    torch.testing.assert_close(run.film.transform(features).std(0, correction=0), torch.ones(features.shape[1]), rtol=1e-4, atol=1e-4)
 
 
 # Stored by a warm-up, where nothing lists them
@@ -291,6 +295,21 @@ def test_an_evaluation_of_trained_weights_without_statistics_is_refused(tmp_path
         run.step(0, 1, phase=phase, owner=Owner(doing))
     assert "nothing has been trained in this process" in str(caught.value) and "feature_transform: none" in str(caught.value)
     assert run.statistics is None
+
+
+def test_an_evaluation_of_a_run_that_was_killed_before_its_mean_was_ready_is_refused_and_not_a_baseline(tmp_path: Path) -> None:
+    run = Run(tmp_path / "a", listed=False)
+    run.step(0, 1, 2)
+    run.unet.ema = copy.deepcopy(run.unet)
+    run.step(0, 1, phase="test")  # of the training that goes on
+    later = Run(tmp_path / "a", listed=False)
+    later.unet.load_state_dict({name: value for name, value in run.unet.state_dict().items() if not name.startswith("ema.")})
+    for phase in ("val", "test"):
+        with pytest.raises(ConditionError, match="cannot condition an evaluation") as caught:
+            later.step(0, 1, phase=phase)
+        assert "3 images so far, the first different ones of training in what was loaded" in str(caught.value)
+    run.unet = run.unet.ema
+    run.step(0, 1, phase="test")
 
 
 def test_a_validation_before_the_first_step_is_the_plain_hosts(tmp_path: Path) -> None:

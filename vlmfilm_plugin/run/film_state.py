@@ -6,7 +6,7 @@ Knows neither batches nor log lines.
 from __future__ import annotations
 
 from collections.abc import Callable
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from vlmfilm_plugin.errors import EncoderError
 from vlmfilm_plugin.features.provider import FeatureProvider
@@ -27,15 +27,14 @@ class FilmState:
         provider: of its encoder's features; modules with equal settings share one.
         donors: the rule of mode `shuffle` for its features.
         lookup: its features, through its own strategy.
-        statistics: finds those of its transform of features.
+        statistics: finds those of its transform of features; a module and its copies share it.
     """
 
-    def __init__(self, settings: Settings, provider: FeatureProvider, data_sets: DataSets) -> None:
-        self.settings, self.provider = settings, provider
+    def __init__(self, settings: Settings, provider: FeatureProvider, data_sets: DataSets, statistics: TrainingStatistics) -> None:
+        self.settings, self.provider, self.statistics = settings, provider, statistics
         self.donors = ShuffleDonors(provider, Shuffle.from_settings(settings), data_sets)
         strategy = BatchStrategy(settings.batch_strategy, settings.reuse_policy, settings.update_interval_steps_train)
         self.lookup = FeatureLookup(provider, strategy)
-        self.statistics = TrainingStatistics(provider, data_sets)
 
 
 class FilmStates:
@@ -51,6 +50,7 @@ class FilmStates:
         self._states: WeakKeyDictionary[FilmModule, FilmState] = WeakKeyDictionary()
         # By `film_id`: a UNet and its copies. A process may load several checkpoints, each with settings of its own.
         self._built_with: dict[str, Settings] = {}
+        self._statistics: WeakValueDictionary[str, TrainingStatistics] = WeakValueDictionary()
         self._providers: dict[tuple[str | None, ...], FeatureProvider] = {}
 
     def built(self, film: FilmModule, settings: Settings) -> None:
@@ -69,7 +69,9 @@ class FilmStates:
         """
         if film not in self._states:
             settings = self.settings_of(film)
-            self._states[film] = FilmState(settings, self._provider(settings, film.architecture.fingerprint), self._data_sets)
+            provider = self._provider(settings, film.architecture.fingerprint)
+            statistics = self._statistics.setdefault(film.film_id, TrainingStatistics(provider, self._data_sets))
+            self._states[film] = FilmState(settings, provider, self._data_sets, statistics)
         return self._states[film]
 
     def _provider(self, settings: Settings, fingerprint: str | None) -> FeatureProvider:

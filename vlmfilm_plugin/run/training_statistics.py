@@ -25,7 +25,7 @@ _LONG = 25
 
 
 class TrainingStatistics:
-    """Finds the statistics of one FiLM's transform.
+    """Finds the statistics of the transform of one FiLM and its copies.
 
     Args:
         provider: of the features.
@@ -83,17 +83,18 @@ class TrainingStatistics:
             ConditionError: it has none, and this process does not train.
         """
         transform = film.feature_transform
-        if transform is None or transform.is_ready or transform.statistics is not None or is_in_fit:
+        if transform is None or transform.is_ready or self._has_begun or is_in_fit:
             return
-        if phase == "val" and _is_identity(film, features):
+        held = transform.statistics
+        if held is None and phase == "val" and _is_identity(film, features):
             return  # a loop of one's own that validates before its first step
         raise ConditionError(
             "cannot condition an evaluation: `feature_transform` has no statistics",
             {
                 "feature_transform": ", ".join(transform.steps),
                 "phase": phase,
-                "found": "none in what was loaded, and nothing has been trained in this process",
-                "expected": "those of the training split, which travel in the checkpoint of a FiLM training",
+                "found": f"{'none' if held is None else held.facts} in what was loaded, and nothing has been trained in this process",
+                "expected": f"those of the training split, of {LEAST} images or more, which travel in the checkpoint of a FiLM training",
             },
             "evaluate a checkpoint that was trained with VLM_FILM_MODE=on, or set `feature_transform: none`",
         )
