@@ -55,21 +55,22 @@ class TrainingImages:
 
     def listed(self, samples: Sequence[Sample]) -> Listed | None:
         """Return images of the host's data sets that hold the samples of a training batch; None where none does."""
-        found: dict[str, tuple[str, str]] = {}
+        # By file, its name and the sample whose data set it is of.
+        found: dict[str, tuple[str, Sample, str]] = {}
         for sample in samples:
-            known = None if sample.path is None or str(sample.path) in found else self._data_sets.of(sample.path)
+            known = None if sample.path is None or os.path.abspath(sample.path) in found else self._data_sets.of(sample.path)
             if known is None or sample.path is None:
                 continue
             own_name = known.files[known.member_of[os.path.abspath(sample.path)]][0]
-            for name, path in known.files.values():
-                found[str(path)] = name, key_like(sample, own_name, name, path, self._provider.dataset_root)
+            found |= {str(path): (name, sample, own_name) for name, path in known.files.values()}
         if not found:
             return None
-        ordered = sorted((name, key, path) for path, (name, key) in found.items())
-        chosen = evenly(ordered, MOST)
-        sizes = (f"{name}\0{os.path.getsize(path) if os.path.isfile(path) else None}" for name, _, path in chosen)
-        digest = hashlib.blake2b("\n".join([str(len(ordered)), *sizes]).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-        return Listed([(key, path) for _, key, path in chosen], len(ordered), digest)
+        chosen = evenly(sorted((name, path) for path, (name, _, _) in found.items()), MOST)
+        sizes = (f"{name}\0{os.path.getsize(path) if os.path.isfile(path) else None}" for name, path in chosen)
+        digest = hashlib.blake2b("\n".join([str(len(found)), *sizes]).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+        root = self._provider.dataset_root
+        images = [(key_like(found[path][1], found[path][2], name, Path(path), root), path) for name, path in chosen]
+        return Listed(images, len(found), digest)
 
     def features_of(self, images: Sequence[tuple[str, str]]) -> list[Tensor]:
         """Return the features (F,) of listed images, in their order: stored ones, else encoded and stored."""
