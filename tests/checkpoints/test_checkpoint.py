@@ -12,6 +12,7 @@ import torch
 from small_unet import SmallUNet, inputs, randomise
 from torch import Tensor, nn
 
+from vlmfilm_plugin.checkpoints.facts import resolve_with
 from vlmfilm_plugin.checkpoints.metadata import adapt, write_metadata
 from vlmfilm_plugin.checkpoints.peek import facts_of, peek
 from vlmfilm_plugin.checkpoints.soft_seg_layout import to_port_layout
@@ -138,6 +139,21 @@ def test_peek_reads_a_file_and_leaves_everything_else_alone(tmp_path: Path) -> N
     assert [
         peek(item) for item in (tmp_path / "plain.ckpt", tmp_path / "list.ckpt", tmp_path / "none.ckpt", tmp_path, None, 3, "last", "s3://x/y")
     ] == [None] * 8
+
+
+def test_a_checkpoint_of_before_decides_that_features_are_used_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = checkpoint_of(Root(feature_transform="none"))
+    described = checkpoint["vlm_film"]["architecture"]
+    assert described["readable_by"] == 2
+    checkpoint["vlm_film"]["architecture"] = {name: value for name, value in described.items() if name != "feature_transform"} | {"format": 2}
+    facts = facts_of(checkpoint, "old.ckpt")
+    assert resolve_with(facts, {}).feature_transform == () and "is not used" not in capsys.readouterr().out
+    assert resolve_with(facts, {"VLM_FILM_FEATURE_TRANSFORM": "center"}).feature_transform == ()
+    assert "feature_transform=['center'] is not used (from environment" in capsys.readouterr().out
+    centred = facts_of(checkpoint_of(Root()), "new.ckpt")
+    assert (
+        resolve_with(centred, {}).feature_transform == ("center",) == resolve_with(centred, {"VLM_FILM_FEATURE_TRANSFORM": "none"}).feature_transform
+    )
 
 
 def test_metadata_survives_weights_only_loading(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ class Root(nn.Module):
         self.handle = attach(self.unet, feature_dim=3, cond_dim=4, decoder_stages=[1], gamma_scale=0.3) if film else None
         if self.handle is not None:
             randomise(self.handle.film)
+            self.handle.fit(torch.randn(8, 3))
 
 
 def save(root: Root, path: Path) -> Path:
@@ -59,6 +60,9 @@ def test_applied_to_a_baseline_it_gives_the_baselines_host_and_the_files_film(tm
     # Order and names are those of a model that was built with FiLM.
     assert list(content["state_dict"]) == list(loaded.state_dict())
     loaded.load_state_dict(content["state_dict"])
+    assert film.handle is not None and loaded.handle is not None
+    given = torch.randn(4, 3)
+    assert torch.equal(loaded.handle.film.transform(given), film.handle.film.transform(given))
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, (film if "vlm_film" in name else plain).state_dict()[name])
     facts = peek(out)
