@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vlmfilm_plugin.film.statistics import statistics
 from vlmfilm_plugin.host_spec import HostSpec, Steps, UNet
 from vlmfilm_plugin.hosts.patches import patch_host
-from vlmfilm_plugin.run.log_lines import Diagnostics, StepFacts
+from vlmfilm_plugin.run.log_fields import StepFacts
+from vlmfilm_plugin.run.log_lines import Diagnostics
 from vlmfilm_plugin.run.runtime import Runtime
 from vlmfilm_plugin.settings.layers import resolve
 

@@ -19,7 +19,8 @@ from vlmfilm_plugin.host_spec import RowMap, same_rows
 from vlmfilm_plugin.run.feature_lookup import BatchFeatures
 from vlmfilm_plugin.run.film_state import FilmState, FilmStates
 from vlmfilm_plugin.run.kept_contexts import KeptContexts
-from vlmfilm_plugin.run.log_lines import Diagnostics, StageRecorder, StepFacts
+from vlmfilm_plugin.run.log_fields import StepFacts
+from vlmfilm_plugin.run.log_lines import Diagnostics, StageRecorder
 from vlmfilm_plugin.run.row_map import RowIndex
 
 

@@ -14,7 +14,7 @@ from vlmfilm_plugin.features.shuffle import Shuffle, permutation_hash
 from vlmfilm_plugin.film.gates import check_gate
 from vlmfilm_plugin.film.layers import identity_for, modulate
 from vlmfilm_plugin.film.statistics import gate_statistics, statistics
-from vlmfilm_plugin.run.log_lines import line_of
+from vlmfilm_plugin.run.log_fields import line_of
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE, read_mode
 from vlmfilm_plugin.soft_seg.call import Call
 from vlmfilm_plugin.soft_seg.model_state import ModelState, shuffle_of_environment, state_of
