@@ -1,7 +1,8 @@
 """The log lines of FiLM, from statistics taken on logged steps only: those of a run, and those of a model that calls FiLM by hand.
 
 `[FILM-DBG]` one line a stage on logged steps, `[FILM-VAL]` means at the end of a validation, `[FILM-WARN]` when gamma and beta stay
-constant, `[FILM-SHUFFLE]` once an epoch, `[VLM] cache_stats`. Reading a statistic synchronises the device: nothing here runs else.
+constant (the port's; that of a condition which reaches nothing is in `alarm.py`), `[FILM-SHUFFLE]` once an epoch, `[VLM] cache_stats`.
+Reading a statistic synchronises the device: nothing here runs else.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from vlmfilm_plugin.features.samples import CacheStats
 from vlmfilm_plugin.film.module import MARKER
 from vlmfilm_plugin.film.statistics import statistics
 from vlmfilm_plugin.log import film_logger, is_rank_zero
+from vlmfilm_plugin.run.alarm import ConditionAlarm, StageVerdict
 from vlmfilm_plugin.run.log_fields import StepFacts, as_json, first_answer, line_of
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 from vlmfilm_plugin.settings.record import Settings
@@ -118,6 +120,7 @@ class Diagnostics:
         self._warned_of_tensors: set[str] = set()
         # By `film_id`: a UNet and its copies.
         self._lines: defaultdict[str, ModelLines] = defaultdict(ModelLines)
+        self._alarms: dict[str, ConditionAlarm] = {}
 
     def is_logged(self, phase: str, step: int | None, batch_idx: int | None) -> bool:
         """Tell whether this step is logged, on rank zero; with gradient accumulation, the first batch of a step alone."""
@@ -134,6 +137,12 @@ class Diagnostics:
         if self._responses_every is None or note is None or (facts.phase == "train" and (facts.step or 0) % self._responses_every):
             return None
         return {"image_id": facts.keys[0], "prompt_idx": 0, "source": "generated" if facts.cache.miss else "cache", **first_answer(note)}
+
+    def alarm(self, film_id: str, settings: Settings) -> ConditionAlarm:
+        """Return what watches the condition of a UNet and its copies."""
+        if film_id not in self._alarms:
+            self._alarms[film_id] = ConditionAlarm(settings)
+        return self._alarms[film_id]
 
     def enter_phase(self, phase: str) -> None:
         """Note the phase of a step that begins: the first step of another phase after a validation reports that validation."""
@@ -177,8 +186,8 @@ class Diagnostics:
 class StageRecorder:
     """Takes the statistics of each block once, for one UNet forward of a logged step."""
 
-    def __init__(self, diagnostics: Diagnostics, facts: StepFacts) -> None:
-        self._diagnostics, self._facts = diagnostics, facts
+    def __init__(self, diagnostics: Diagnostics, facts: StepFacts, verdicts: Mapping[int, StageVerdict]) -> None:
+        self._diagnostics, self._facts, self._verdicts = diagnostics, facts, verdicts
         self._seen: set[int] = set()
 
     def record(self, stage: int, before: Tensor, after: Tensor, gamma: Tensor, beta: Tensor, cond_vec: Tensor | None) -> None:
@@ -188,6 +197,8 @@ class StageRecorder:
         self._seen.add(stage)
         with torch.no_grad():
             numbers = statistics(before, after, gamma, beta, cond_vec)
+        if stage in self._verdicts:
+            numbers |= self._verdicts[stage].fields()
         self._diagnostics.add(self._facts, stage, numbers)
 
 

@@ -16,6 +16,7 @@ from vlmfilm_plugin.film.gates import SpatialGate, gate_of
 from vlmfilm_plugin.film.module import FilmModule
 from vlmfilm_plugin.forward.context import ForwardContext
 from vlmfilm_plugin.host_spec import RowMap, same_rows
+from vlmfilm_plugin.run.alarm import StageVerdict
 from vlmfilm_plugin.run.feature_lookup import BatchFeatures
 from vlmfilm_plugin.run.film_state import FilmState, FilmStates
 from vlmfilm_plugin.run.kept_contexts import KeptContexts
@@ -71,6 +72,9 @@ class RunningBatch:
         self._features: dict[Any, Tensor] = {}
         self._transformed: dict[Any, Tensor] = {}
         self._recorded: set[str] = set()
+        # The keys of what conditions the samples, by `film_id`, until the alarm has seen it.
+        self._unwatched: dict[str, list[str]] = {}
+        self._verdicts: dict[str, Mapping[int, StageVerdict]] = {}
         self._is_logged = diagnostics.is_logged(given.phase, given.step, given.batch_idx)
         self._facts: StepFacts | None = None
 
@@ -91,6 +95,8 @@ class RunningBatch:
             return ForwardContext(film, None, recorder=self._recorder(film))
         index = self._row_index.of(x, image)
         features = self._features_for(film, x.device)
+        if masks is not None:
+            self._watch(film, features)
         gate = None if masks is None else self._gate(film, x, image, index, masks)
         recorder = None if masks is None else self._recorder(film)
         if film.training or torch.is_grad_enabled():
@@ -105,11 +111,22 @@ class RunningBatch:
         view = GateView(x, image, given.content, given.phase, rows=index, samples=samples, epoch=epoch, masks=masks)
         return gate_of(self._states.settings_of(film), view, film.architecture.stages)
 
+    def _watch(self, film: FilmModule, features: Tensor) -> None:
+        """Let the alarm see what conditions a training batch; once a batch, whatever forwards it takes. A control has nothing to alarm about."""
+        keys = self._unwatched.pop(film.film_id, None)
+        if keys is None or film.waits:
+            return
+        alarm = self._diagnostics.alarm(film.film_id, self._states.settings_of(film))
+        alarm.collect(keys, features)
+        if alarm.is_due(self.given.step):
+            self._verdicts[film.film_id] = alarm.read(film, self.given.step)
+
     def _recorder(self, film: FilmModule) -> StageRecorder | None:
         if not self._is_logged or film.film_id in self._recorded:
             return None
         self._recorded.add(film.film_id)
-        return StageRecorder(self._diagnostics, self._facts or self._step_facts(film, None, None))
+        verdicts = self._verdicts.get(film.film_id, {})
+        return StageRecorder(self._diagnostics, self._facts or self._step_facts(film, None, None), verdicts)
 
     def _features_for(self, film: FilmModule, device: torch.device) -> Tensor:
         """Return the features (S, F) of the samples, transformed; memory, store and encoder are asked once a batch."""
@@ -134,6 +151,8 @@ class RunningBatch:
             state.statistics.before_step(film, found)
         else:
             state.statistics.require(film, given.phase, found.features, is_in_fit=given.is_in_fit)
+        if is_train and film.mode == "on":
+            self._unwatched[film.film_id] = [sample.key for sample in found.used]
         features, permutation = self._shuffle(state, found) if film.mode == "shuffle" else (found.features, None)
         self._diagnostics.cache_stats(given.step, state.provider.stats)
         self._facts = self._step_facts(film, found, permutation)
