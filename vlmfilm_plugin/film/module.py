@@ -90,6 +90,8 @@ class FilmModule(nn.Module):
     # Of the encoder, in earlier versions: their checkpoints are of this encoder. No part of what is saved.
     former_fingerprints: tuple[str, ...] = ()
     is_transform_open = False
+    # Set by `learning_rate`.
+    lr_scale = 1.0
 
     def __init__(self, architecture: Architecture, mode: str, *, is_transform_open: bool = False) -> None:
         super().__init__()
