@@ -114,7 +114,7 @@ class RunningBatch:
     def _watch(self, film: FilmModule, features: Tensor) -> None:
         """Let the alarm see what conditions a training batch; once a batch, whatever forwards it takes. A control has nothing to alarm about."""
         keys = self._unwatched.pop(film.film_id, None)
-        if keys is None or film.waits:
+        if keys is None or film.waits or film.architecture.feature_control != "none":
             return
         alarm = self._diagnostics.alarm(film.film_id, self._states.settings_of(film))
         alarm.collect(keys, features)
@@ -171,6 +171,8 @@ class RunningBatch:
     def _shuffle(self, state: FilmState, found: BatchFeatures) -> tuple[Tensor, list[int]]:
         """Return features of other images: exchanged inside the batch, or, where all rows have one image's, a donor's."""
         given, step = self.given, self.given.step or 0
+        if not state.donors.is_within_batch:
+            return self._donated(state, found, step)
         permutation = state.donors.exchange([sample.key for sample in found.used], found.features, step)
         if permutation is not None:
             self._diagnostics.shuffled(given.phase, given.epoch, permutation)
@@ -179,6 +181,14 @@ class RunningBatch:
         donor, feature = state.donors.donor(alone, step)
         self._diagnostics.shuffled(given.phase, given.epoch, [0], f" batch of one image: {alone.key} is conditioned on {donor}")
         return feature.expand(len(found.used), -1), [0] * len(found.used)
+
+    def _donated(self, state: FilmState, found: BatchFeatures, step: int) -> tuple[Tensor, list[int]]:
+        """Return the feature of a donor of its own for each sample."""
+        given = self.given
+        donors = [state.donors.donor(sample, step) for sample in found.used]
+        first = f" each by a donor of its own: {found.used[0].key} is conditioned on {donors[0][0]}"
+        self._diagnostics.shuffled(given.phase, given.epoch, [0], first)
+        return torch.stack([feature for _, feature in donors]), [0] * len(donors)
 
 
 def image_of(batch: Any) -> Tensor:
