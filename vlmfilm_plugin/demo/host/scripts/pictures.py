@@ -28,7 +28,7 @@ def load(folder, split):
 
 def build(seed):
     torch.manual_seed(seed)
-    return MedSegDiffUNet(8, 32, dim_mult=(1, 2), full_self_attn=(False, False))
+    return MedSegDiffUNet(8, 32, dim_mult=(1, 2), full_self_attn=(False, False), attn_heads=1, attn_dim_head=8)
 
 
 def published(batch, phase, step):
