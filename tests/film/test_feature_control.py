@@ -9,6 +9,7 @@ import torch
 from small_unet import SmallUNet, inputs, randomise
 from torch import Tensor
 
+from vlmfilm_plugin import to_port_layout
 from vlmfilm_plugin.errors import CheckpointError
 from vlmfilm_plugin.forward.attach import attach
 from vlmfilm_plugin.forward.handle import FilmHandle
@@ -58,6 +59,12 @@ def test_weights_of_the_control_are_no_weights_of_a_run_and_the_other_way_round(
     other, _ = built(feature_control="none" if control == "constant" else "constant")
     with pytest.raises(CheckpointError, match="another architecture"):
         other.load_state_dict(unet.state_dict())
+
+
+def test_the_ports_layout_has_no_such_control() -> None:
+    unet, _ = built()
+    with pytest.raises(CheckpointError, match="no such control"):
+        to_port_layout(unet.state_dict())
 
 
 def test_it_learns_nothing_of_the_image() -> None:
