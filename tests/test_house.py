@@ -296,7 +296,10 @@ def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:
 
 
 # The one that writes, the demo's own folder, and a file that lines are added to.
-WRITERS = {"files.py", "demo/run.py", "demo/folder.py", "features/shuffle_pairs.py"}
+WRITERS = {
+    *("files.py", "features/shuffle_pairs.py"),
+    *("demo/run.py", "demo/folder.py", "demo/scripts.py", "demo/pictures.py", "demo/real_weights.py"),
+}
 
 
 def test_files_are_written_in_one_place() -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vlmfilm_plugin.film.statistics import statistics
 from vlmfilm_plugin.host_spec import HostSpec, Steps, UNet
 from vlmfilm_plugin.hosts.patches import patch_host
-from vlmfilm_plugin.run.log_lines import Diagnostics, StepFacts
+from vlmfilm_plugin.run.log_fields import StepFacts
+from vlmfilm_plugin.run.log_lines import Diagnostics
 from vlmfilm_plugin.run.runtime import Runtime
 from vlmfilm_plugin.settings.layers import resolve
 
@@ -350,13 +351,13 @@ def test_an_interval_that_moves_starts_the_count_anew_for_its_stage_alone(tmp_pa
     with torch.no_grad():
         bias.copy_(torch.randn_like(bias))
     run.train(range(4, 5))
-    assert ["stage 0" in line for line in run.lines("[FILM-WARN]")] == [True]
+    assert ["stage 0" in line for line in run.lines("[FILM-WARN] decoder stage")] == [True]
     with torch.no_grad():
         bias.zero_()
     run.train(range(5, 9))
-    assert run.lines("[FILM-WARN]") == []
+    assert run.lines("[FILM-WARN] decoder stage") == []
     run.train(range(9, 10))
-    assert ["stage 1" in line for line in run.lines("[FILM-WARN]")] == [True]
+    assert ["stage 1" in line for line in run.lines("[FILM-WARN] decoder stage")] == [True]
 
 
 def test_two_models_of_one_process_count_for_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vlmfilm_plugin import AdaptiveFiLMHead, ConditionError, VLMConditioner, apply_vlm_film
 from vlmfilm_plugin.features.shuffle import Shuffle
-from vlmfilm_plugin.run.log_lines import FIELDS
+from vlmfilm_plugin.run.log_fields import FIELDS
 from vlmfilm_plugin.soft_seg import model_state
 
 B, D, C = 5, 4, 3

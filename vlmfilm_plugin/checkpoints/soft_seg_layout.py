@@ -130,6 +130,9 @@ def to_port_layout(state: Mapping[str, Any]) -> dict[str, Any]:
     if described.get("head", "film") != "film":
         facts = {"found": f"head {described['head']!r}", "expected": "'film', the only one that the port knows"}
         raise CheckpointError("cannot write the port's layout: the port has no such head", facts, "export in the package's own layout")
+    if described.get("feature_control", "none") != "none":
+        facts = {"found": "feature_control constant: one feature for all images", "expected": "FiLM of each image's own feature"}
+        raise CheckpointError("cannot write the port's layout: the port has no such control", facts, "export in the package's own layout")
     scales = {name: described.get(name) for name in ("gamma_scale", "beta_scale")}
     if any(scale is not None for scale in scales.values()):
         film_logger().warning(

@@ -51,7 +51,7 @@ def _draw(rng: np.random.Generator, size: int) -> tuple[NDArray[np.int64], dict[
     owner = np.full((size, size), "background", dtype=object)
     strokes = ["dark", "dark", "bright", "bright"]
     for family in rng.permutation(strokes):
-        owner[_curve(rng, size)] = family
+        owner[curve(rng, size)] = family
     noise = rng.integers(-_NOISE, _NOISE + 1, (size, size))
     picture = np.vectorize(_LEVELS.__getitem__, otypes=[np.int64])(owner) + noise + _shade(rng, size)
     return picture.clip(0, _RANGE), {family: owner == family for family in ("dark", "bright")}
@@ -65,7 +65,7 @@ def _shade(rng: np.random.Generator, size: int) -> NDArray[np.int64]:
     return slope.astype(np.int64)
 
 
-def _curve(rng: np.random.Generator, size: int) -> NDArray[np.bool_]:
+def curve(rng: np.random.Generator, size: int) -> NDArray[np.bool_]:
     """Return the pixels of one bent line across the picture, (size, size)."""
     angle = rng.uniform(0, 2 * np.pi)
     along = np.array([np.sin(angle), np.cos(angle)])

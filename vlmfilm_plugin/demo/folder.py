@@ -15,7 +15,7 @@ from vlmfilm_plugin.errors import VlmFilmError
 # There from the first to the last moment of a demo, and locked by its process.
 UNFINISHED = "demo-unfinished"
 # Everything that a demo makes.
-CONTENT = frozenset({"host", "data", "runs", "results", "logs", "cache", "plain.yaml", "film.yaml"})
+CONTENT = frozenset({"host", "data", "runs", "results", "logs", "cache", "plain.yaml", "film.yaml", "weights"})
 
 
 class DemoError(VlmFilmError):

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +17,9 @@ import yaml
 
 from vlmfilm_plugin.demo.dataset import make_dataset
 from vlmfilm_plugin.demo.folder import DemoError, demo_folder
+from vlmfilm_plugin.demo.scripts import HostScripts, Say
 from vlmfilm_plugin.errors import Interrupted
 from vlmfilm_plugin.files import cannot_write
-from vlmfilm_plugin.settings.mode import MODE_VARIABLE, PREFIX
 from vlmfilm_plugin.settings.yaml_file import loads
 
 HOST = Path(__file__).parent / "host"
@@ -32,9 +28,6 @@ _BATCH = 8
 _EPOCHS = 10
 _STEPS = 400
 _QUICK_STEPS = 20
-_LOG_TAIL = 20
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -145,47 +138,21 @@ def _prepare(root: Path, seed: int, steps: int, quick: bool) -> None:
         (root / f"{name}.yaml").write_text(yaml.safe_dump(template, sort_keys=False), encoding="utf-8")
 
 
-class _Run:
-    """The subprocesses of one demo, with their logs and times."""
+class _Run(HostScripts):
+    """Trainings and evaluations by the host's scripts."""
 
-    def __init__(self, root: Path, lock: int, say: Say) -> None:
-        self.root = root
-        self.say = say
-        self.seconds: dict[str, float] = {}
-        self._lock = lock
-        (root / "logs").mkdir(parents=True)
+    @property
+    def _settings(self) -> Mapping[str, object]:
+        return {"encoder": "descriptor", "cache_dir": self.root / "cache"}
 
     def train(self, name: str, mode: str | None) -> None:
         """Run the host's training with the config `name`."""
-        self._script(f"train {name}", mode, ["train.py", "--config", self.root / f"{name}.yaml"])
+        self.run(f"train {name}", mode, ["train.py", "--config", self.root / f"{name}.yaml"], self._settings)
 
     def evaluate(self, label: str, name: str, mode: str | None) -> Score:
         """Run the host's evaluation on the checkpoint of training `name`."""
         checkpoint, output = self.root / "runs" / name / "checkpoints" / "last.ckpt", self.root / "results" / label
-        self._script(f"evaluate {label}", mode, ["evaluate.py", "--data", "angio", "--models", ARCH, "--checkpoint", checkpoint, "--output", output])
+        arguments = ["evaluate.py", "--data", "angio", "--models", ARCH, "--checkpoint", checkpoint, "--output", output]
+        self.run(f"evaluate {label}", mode, arguments, self._settings)
         metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
         return Score(metrics["dice"], metrics["iou"])
-
-    def _environment(self, mode: str | None) -> dict[str, str]:
-        # The user's own settings would make this another experiment.
-        env = {key: value for key, value in os.environ.items() if not key.startswith(PREFIX)}
-        # The network is too small for more: threads wait on each other, badly so on a busy machine.
-        env.setdefault("OMP_NUM_THREADS", "1")
-        if mode is not None:
-            env.update({MODE_VARIABLE: mode, "VLM_FILM_ENCODER": "descriptor", "VLM_FILM_CACHE_DIR": str(self.root / "cache")})
-        return env
-
-    def _script(self, step: str, mode: str | None, arguments: Sequence[object]) -> None:
-        log = self.root / "logs" / f"{step.replace(' ', '_')}.log"
-        command = [sys.executable, f"scripts/{arguments[0]}", *map(str, arguments[1:])]
-        self.say(f"{step:<17} {MODE_VARIABLE}={mode or '(unset)'} ...")
-        start = time.monotonic()
-        cwd, env = self.root / "host", self._environment(mode)
-        with log.open("w", encoding="utf-8") as out:
-            done = subprocess.run(command, cwd=cwd, env=env, pass_fds=[self._lock], stdout=out, stderr=subprocess.STDOUT, check=False)
-        self.seconds[step] = round(time.monotonic() - start, 1)
-        if done.returncode != 0:
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL:]
-            self.say("\n".join(f"  | {line}" for line in lines))
-            raise DemoError(f"the demo's step `{step}` failed", {"exit status": done.returncode, "log": log}, "read the log")
-        self.say(f"{step:<17} done in {self.seconds[step]:.1f} s")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from torch import Tensor
@@ -14,12 +15,15 @@ from vlmfilm_plugin.features.cache_key import name_key, path_key, split_in
 from vlmfilm_plugin.features.images import read_image
 from vlmfilm_plugin.features.provider import FeatureProvider, stack
 from vlmfilm_plugin.features.samples import Sample
-from vlmfilm_plugin.features.shuffle import Shuffle, Split, images_of
+from vlmfilm_plugin.features.shuffle import Shuffle, Split, distances_of, images_of
 from vlmfilm_plugin.features.store.protocol import SourceStamp
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 
 # Key and feature (F,) of another image.
 Donor = tuple[str, Tensor]
+
+# Other images among which the most distant one is looked for, drawn by the seed.
+_LOOKED_AT = 256
 
 # A folder of such a name holds one split of a data set.
 _SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
@@ -73,10 +77,16 @@ class ShuffleDonors:
         self._stored: list[str] | None = None
         self._splits: dict[str, Split] = {}
         self._digests: dict[Path, tuple[int, int, str]] = {}
+        self._distant: dict[str, Donor] = {}
+
+    @property
+    def is_within_batch(self) -> bool:
+        """Tell whether images of a batch exchange their features; else every image has its own donor, from all of its data set."""
+        return self._shuffle.donor == "any"
 
     def exchange(self, keys: Sequence[str], features: Tensor, step: int) -> list[int] | None:
         """Return for each row (B, F) of a batch the row whose feature it gets; None where all rows are of one image."""
-        rows = self._shuffle.exchange(images_of(features), step)
+        rows = self._shuffle.exchange(images_of(features), step, names=keys, distances=lambda: distances_of(features))
         if rows is not None:
             self._shuffle.pairs.write(((keys[row], keys[other]) for row, other in enumerate(rows)), step)
         return rows
@@ -90,6 +100,8 @@ class ShuffleDonors:
         drawn = self.draw(sample, step)
         if drawn is None:
             wanted = f"another image whose key starts with {split_prefix(sample.key)!r}"
+            if self._shuffle.donor == "other_class":
+                wanted += ", of another class"
             raise ConditionError(
                 "cannot shuffle a batch of one image: no other image of its split is known",
                 {"image": sample.key, "store": self._provider.store.path, "expected": wanted},
@@ -108,21 +120,53 @@ class ShuffleDonors:
 
     def _from_data_set(self, sample: Sample, path: Path, step: int, known: _DataSet) -> Donor | None:
         own = known.member_of[os.path.abspath(path)]
-        for member in self._shuffle.donors(own, step, known.split):
-            name, other = known.files[member]
-            if self._is_other_image(path, other):
-                key = key_like(sample, known.files[own][0], name, other, self._provider.dataset_root)
-                return key, self._provider.get([Sample(key, other, lambda other=other: read_image(other))])[0]  # type: ignore[misc]
-        return None
+        own_name = known.files[own][0]
+
+        def others() -> Iterator[tuple[Sequence[str], Callable[[], Donor]]]:
+            for member in self._shuffle.donors(own, self._draw_at(step), known.split):
+                name, other = known.files[member]
+                if self._is_other_image(path, other):
+                    key = key_like(sample, own_name, name, other, self._provider.dataset_root)
+                    yield (key, name, str(other)), lambda key=key, other=other: (key, self._feature(key, other))  # type: ignore[misc]
+
+        return self._chosen(sample, (sample.key, own_name, str(path)), others())
+
+    def _feature(self, key: str, path: Path) -> Tensor:
+        return self._provider.get([Sample(key, path, lambda: read_image(path))])[0]
+
+    def _draw_at(self, step: int) -> int:
+        # The most distant image is the same at every step: so are those among which it is looked for.
+        return 0 if self._shuffle.donor == "most_distant" else step
+
+    def _chosen(self, sample: Sample, own: Sequence[str], others: Iterator[tuple[Sequence[str], Callable[[], Donor]]]) -> Donor | None:
+        """Return the donor among other images, given in the order of the draw: names of each, and what finds its key and feature."""
+        if self._shuffle.donor == "any":
+            return next((find() for _, find in others), None)
+        if self._shuffle.donor == "other_class":
+            own_class = self._shuffle.class_of(*own)
+            return next((find() for names, find in others if self._shuffle.class_of(*names) != own_class), None)
+        if sample.key not in self._distant:
+            feature = self._provider.get([sample])[0].double()
+            found = [find() for _, find in islice(others, _LOOKED_AT)]
+            if not found:
+                return None
+            self._distant[sample.key] = max(found, key=lambda donor: float((donor[1].double() - feature).norm()))
+        return self._distant[sample.key]
 
     def _from_store(self, sample: Sample, step: int) -> Donor | None:
         store, identity = self._provider.store, self._provider.encoder.identity
         own = sample.stamp.digest if sample.stamp is not None else None
         digest = self._digest(sample.path) if sample.path is not None else own
-        for key in self._shuffle.donors(sample.key, step, self._split_of(sample.key)):
-            for row in store.rows(identity, [key]):
-                if digest is None or row.stamp is None or row.stamp.digest != digest:
-                    return key, stack([row])[0]
+
+        def others() -> Iterator[tuple[Sequence[str], Callable[[], Donor]]]:
+            for key in self._shuffle.donors(sample.key, self._draw_at(step), self._split_of(sample.key)):
+                for row in store.rows(identity, [key]):
+                    if digest is None or row.stamp is None or row.stamp.digest != digest:
+                        yield (key,), lambda key=key, row=row: (key, stack([row])[0])  # type: ignore[misc]
+
+        own_names = (sample.key, str(sample.path or ""))
+        if (drawn := self._chosen(sample, own_names, others())) is not None:
+            return drawn
         # Too little to draw from is nothing to keep.
         self._stored = None
         self._splits.clear()

@@ -66,6 +66,7 @@ _BOUND = "a number >= 0, or null", _is_bound
 _FLAG = "true or false", lambda value: isinstance(value, bool)
 _TEXT = "text", lambda value: isinstance(value, str)
 _STEPS = "a list of steps: center or standardize, and l2norm", lambda value: isinstance(value, list | tuple) and are_steps(value)
+_CONTROL = "none or constant", lambda value: value in ("none", "constant")
 _STAGES = "one or more stages with index, path and channels", _are_stages
 
 
@@ -84,6 +85,8 @@ class Architecture:
     is_text: bool = field(metadata=_says(*_FLAG, "use_text_prompt_cond", is_encoders=True))
     head: str = field(default="film", metadata=_says(*_TEXT, "head"))
     feature_transform: tuple[str, ...] = field(default=(), metadata=_says(*_STEPS, "feature_transform"))
+    # A control: `constant` conditions every image on the one feature that FiLM holds.
+    feature_control: str = field(default="none", metadata=_says(*_CONTROL, "feature_control"))
     # Of the encoder; a description may lack them.
     fingerprint: str | None = field(default=None, metadata=_says("text, or null", lambda value: value is None or isinstance(value, str)))
     encoder: Mapping[str, object] | None = field(
@@ -93,7 +96,7 @@ class Architecture:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, with the format and the oldest format that reads them."""
         # To a reader that knows no transform, weights on features as they are mean what they mean here.
-        return {"format": FORMAT, "readable_by": READABLE_BY if self.feature_transform else 2, **asdict(self)}
+        return {"format": FORMAT, "readable_by": READABLE_BY if self.feature_transform or self.feature_control != "none" else 2, **asdict(self)}
 
 
 _FIELDS = {item.name: item for item in fields(Architecture)}
@@ -176,7 +179,7 @@ _MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     # Format 1 said nothing of its readers, and knew one kind of head.
     1: lambda description: {**description, "format": 2, "readable_by": 1, "head": "film"},
     # Up to format 2 features were used as they are.
-    2: lambda description: {**description, "format": 3, "readable_by": 2, "feature_transform": []},
+    2: lambda description: {**description, "format": 3, "readable_by": 2, "feature_transform": [], "feature_control": "none"},
 }
 
 

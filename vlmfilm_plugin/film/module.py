@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfilm_plugin.film.architecture import Architecture, check_architecture, read_extra_state
+from vlmfilm_plugin.film.feature_control import ConstantFeature
 from vlmfilm_plugin.film.feature_statistics import Statistics, check_facts, read_facts
 from vlmfilm_plugin.film.feature_transform import FeatureTransform
 from vlmfilm_plugin.film.heads import Head, HeadShape, build_head
@@ -94,6 +95,8 @@ class FilmModule(nn.Module):
     # Of the encoder, in earlier versions: their checkpoints are of this encoder. No part of what is saved.
     former_fingerprints: tuple[str, ...] = ()
     is_transform_open = False
+    # Set by `learning_rate`.
+    lr_scale = 1.0
 
     def __init__(self, architecture: Architecture, mode: str, *, is_transform_open: bool = False) -> None:
         super().__init__()
@@ -113,6 +116,7 @@ class FilmModule(nn.Module):
             for stage in a.stages
         )
         self.use_transform(a.feature_transform)
+        self.control = ConstantFeature(a.feature_dim) if a.feature_control == "constant" else None
         # An unused parameter stops DDP in the next step.
         self.requires_grad_(mode != "off")
         self.compiled_inputs = [CompiledInputs() for _ in architecture.stages]
@@ -120,6 +124,7 @@ class FilmModule(nn.Module):
         _living.add(self)
 
     feature_transform: FeatureTransform | None
+    control: ConstantFeature | None
 
     def use_transform(self, steps: Sequence[str]) -> None:
         """Have a transform of these steps, without statistics; none where there are no steps."""
@@ -136,12 +141,25 @@ class FilmModule(nn.Module):
         Raises:
             ConditionError: the transform has no statistics.
         """
-        return features if self.feature_transform is None else cast(Tensor, self.feature_transform(features))
+        features = features if self.feature_transform is None else cast(Tensor, self.feature_transform(features))
+        if self.control is None:
+            return features
+        if not self.control.is_known:
+            self.control.take(features)
+            for film in self.copies():
+                if film.control is not None and film is not self and not film.control.is_known:
+                    film.control.load_state_dict(self.control.state_dict())
+        return cast(Tensor, self.control(features))
+
+    @property
+    def lacks_statistics(self) -> bool:
+        """Tell whether the transform cannot be used yet."""
+        return self.feature_transform is not None and not self.feature_transform.is_ready
 
     @property
     def waits(self) -> bool:
-        """Tell whether the transform cannot be used yet."""
-        return self.feature_transform is not None and not self.feature_transform.is_ready
+        """Tell whether FiLM is the identity for now: its transform cannot be used yet, or the training image of a control is not known."""
+        return self.lacks_statistics or (self.control is not None and not self.training and not self.control.is_known)
 
     def copies(self) -> list[FilmModule]:
         """Return this module and its copies in this process, such as an EMA's."""
@@ -189,7 +207,8 @@ class FilmModule(nn.Module):
         inherited(state)
         self.is_unpickled = True
         FilmModule.has_existed = True
-        self._modules.setdefault("feature_transform", None)  # pickled before there were transforms
+        for name in ("feature_transform", "control"):  # pickled before there were any
+            self._modules.setdefault(name, None)
         self.__dict__.setdefault("last_forward", LastForward())
         _living.add(self)
 

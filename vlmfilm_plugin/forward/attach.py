@@ -18,6 +18,7 @@ from vlmfilm_plugin.errors import HostError, SettingsError
 from vlmfilm_plugin.film.architecture import Architecture, Stage, decided_by
 from vlmfilm_plugin.film.freezing import freeze_host
 from vlmfilm_plugin.film.heads import check_head
+from vlmfilm_plugin.film.learning_rate import scale_learning_rate
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
 from vlmfilm_plugin.film.targets import Target, match_targets, select_stages
 from vlmfilm_plugin.forward.first_pass import only_channel
@@ -117,6 +118,7 @@ def install(
         film.former_fingerprints = identity.identity.formerly
     frozen_by = settings.origin("freeze_host") if settings.freeze_host else None
     undo = _mutate(unet, film, condition, masks, Expected(pattern, settings.decoder_stages, own_film, frozen_by))
+    undo.append(scale_learning_rate(film, settings.film_lr_scale))
     if settings.freeze_host:
         try:
             undo.append(freeze_host(unet, mode, settings))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmfilm_plugin.errors import ConditionError
-from vlmfilm_plugin.features.shuffle import Shuffle, images_of
+from vlmfilm_plugin.features.shuffle import Shuffle, distances_of, images_of
 from vlmfilm_plugin.film.feature_transform import unfitted
 from vlmfilm_plugin.film.gate_view import GateView, MaskReader
 from vlmfilm_plugin.film.gates import Gate, SpatialGate, check_gate, gate_of
@@ -41,14 +41,14 @@ class GivenFeatures:
     @cached_property
     def _shuffled(self) -> Tensor:
         """Return the features, exchanged between images; once for all forwards of the condition."""
-        rows = self.shuffle.exchange(images_of(self.features), self.step)
+        names = self.names if self.names is not None else [f"row {row}" for row in range(len(self.features))]
+        rows = self.shuffle.exchange(images_of(self.features), self.step, names=names, distances=lambda: distances_of(self.features))
         if rows is None:
             raise ConditionError(
                 "cannot shuffle the given features: they are of one image",
                 {"features": tuple(self.features.shape), "expected": "features of two images or more"},
                 "give the features of several images, or use mode on",
             )
-        names = self.names if self.names is not None else [f"row {row}" for row in range(len(rows))]
         self.shuffle.pairs.write(((names[row], names[other]) for row, other in enumerate(rows)), self.step)
         return self.features[rows]
 
@@ -65,7 +65,7 @@ class GivenFeatures:
                 {"features": given, "rows": rows, "expected": "one feature for each row, or one for all"},
                 "repeat the features as the rows are repeated, e.g. features.repeat_interleave(num_patches, dim=0)",
             )
-        if film.waits:
+        if film.lacks_statistics:
             raise unfitted(film.architecture.feature_transform)
         features = film.transform(self._shuffled if film.mode == "shuffle" else self.features).to(x.device)
         index = None if given == rows else torch.zeros(rows, dtype=torch.long, device=x.device)

@@ -76,7 +76,7 @@ class FilmHandle:
 
         is_training = self.unet.training and torch.is_grad_enabled()
         features = self._features_of(features, images, "cannot set a condition", is_training=is_training)
-        if self.film.waits and self.film.mode != "off":
+        if self.film.lacks_statistics and self.film.mode != "off":
             raise unfitted(self.film.architecture.feature_transform)
         if gate is None:
             find_gate(self.settings.gate_name, self.settings.origin("spatial_gate"))

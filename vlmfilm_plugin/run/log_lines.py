@@ -1,70 +1,33 @@
 """The log lines of FiLM, from statistics taken on logged steps only: those of a run, and those of a model that calls FiLM by hand.
 
 `[FILM-DBG]` one line a stage on logged steps, `[FILM-VAL]` means at the end of a validation, `[FILM-WARN]` when gamma and beta stay
-constant, `[FILM-SHUFFLE]` once an epoch, `[VLM] cache_stats`. Reading a statistic synchronises the device: nothing here runs else.
+constant (the port's; that of a condition which reaches nothing is in `alarm.py`), `[FILM-SHUFFLE]` once an epoch, `[VLM] cache_stats`.
+Reading a statistic synchronises the device: nothing here runs else.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
-import json
-import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmfilm_plugin.features.cache_key import split_in
 from vlmfilm_plugin.features.samples import CacheStats
-from vlmfilm_plugin.features.shuffle import permutation_hash
 from vlmfilm_plugin.film.module import MARKER
 from vlmfilm_plugin.film.statistics import statistics
 from vlmfilm_plugin.log import film_logger, is_rank_zero
+from vlmfilm_plugin.run.alarm import ConditionAlarm, StageVerdict
+from vlmfilm_plugin.run.log_fields import StepFacts, as_json, first_answer, line_of
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 from vlmfilm_plugin.settings.record import Settings
 
 CONSTANT_STD = 1e-6
 
 CONSTANT_INTERVALS = 5
-
-# What every `[FILM-DBG]` line holds, in this order; None where it does not exist.
-FIELDS = (
-    *("stage", "step", "B", "split_key", "cache_key_example", "cond_source", "cond_dim", "cond_norm_mean", "cond_norm_std"),
-    *("cond_cos_mean", "cond_cos_min", "cond_cos_max", "film_mode", "film_bypass", "gamma_mean", "gamma_std", "gamma_dev_mean", "gamma_dev_std"),
-    *("beta_mean", "beta_std", "beta_norm_mean", "beta_norm_std", "x_pre_norm_mean", "x_post_norm_mean", "mean_abs_diff", "max_abs_diff"),
-    *("rel_delta_mean", "rel_delta_p50", "rel_delta_p95", "cache_total", "cache_hit", "cache_miss", "hit_rate", "mem_hit", "disk_hit"),
-    *("mixed_keys", "shuffle_perm_hash", "film_apply_point", "film_stage_idx"),
-)
-
-
-def line_of(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a `[FILM-DBG]` line in their order, then any others; of several values the last that is not None."""
-    row: dict[str, Any] = dict.fromkeys(FIELDS)
-    for part in parts:
-        row.update({name: value for name, value in part.items() if value is not None or name not in row})
-    return row
-
-
-def key_fields(keys: Sequence[str]) -> dict[str, Any]:
-    """Return the fields that name the images of a batch by their keys: `split:name`."""
-    splits = {split_in(key) for key in keys}
-    return {"split_key": split_in(keys[0]) if keys else None, "cache_key_example": keys[0] if keys else None, "mixed_keys": len(splits) > 1}
-
-
-def cache_fields(stats: CacheStats) -> dict[str, Any]:
-    """Return the fields of the cache."""
-    return {
-        "cache_total": stats.total,
-        "cache_hit": stats.hit,
-        "cache_miss": stats.miss,
-        "hit_rate": round(stats.hit_rate, 4),
-        "mem_hit": stats.mem_hit,
-        "disk_hit": stats.disk_hit,
-    }
 
 
 def write_cache_key(key: str, source: str) -> None:
@@ -99,7 +62,7 @@ class ModelLines:
 
     def debug(self, row: dict[str, Any], *, is_validation: bool, is_watched: bool) -> None:
         """Write `[FILM-DBG]` for one stage, keep it for `[FILM-VAL]` in a validation, and count for `[FILM-WARN]` where it is watched."""
-        film_logger().info("[FILM-DBG] %s", _json(row))
+        film_logger().info("[FILM-DBG] %s", as_json(row))
         if is_validation:
             self._validation.append(row)
         if is_watched:
@@ -114,14 +77,14 @@ class ModelLines:
         rows, self._validation = self._validation, []
         if not rows:
             if calls:
-                film_logger().info("[FILM-VAL] %s", _json({"stage": "val", "logged_steps": 0}))
+                film_logger().info("[FILM-VAL] %s", as_json({"stage": "val", "logged_steps": 0}))
             return
         # A value may not exist in one row and exist in the next: a batch of one has no cosines.
         numbers = [name for name in rows[0] if any(isinstance(row.get(name), float) for row in rows)]
         means = {name: _mean([row[name] for row in rows if isinstance(row.get(name), float)]) for name in numbers}
         same = {name: rows[-1].get(name) for name in ("stage", "step", "epoch", "film_mode", "film_apply_point")}
         steps = max(Counter(row["film_stage_idx"] for row in rows).values())
-        film_logger().info("[FILM-VAL] %s", _json({**same, "logged_steps": steps, **means}))
+        film_logger().info("[FILM-VAL] %s", as_json({**same, "logged_steps": steps, **means}))
 
     def shuffled(self, epoch: Hashable, permutation: Sequence[int], note: str = "") -> None:
         """Write `[FILM-SHUFFLE]`, once an epoch."""
@@ -143,50 +106,6 @@ class ModelLines:
             )
 
 
-@dataclass
-class StepFacts:
-    """What is known of a logged step before any block runs; blocks add their statistics to it."""
-
-    phase: str
-    step: int | None
-    epoch: int | None
-    batch_idx: int | None
-    samples: int
-    mode: str
-    apply_point: str
-    cond_source: str
-    keys: Sequence[str] = ()
-    cache: CacheStats = field(default_factory=CacheStats)
-    has_mixed_keys: bool = False
-    permutation: Sequence[int] | None = None
-    film_id: str = ""
-    response: Mapping[str, Any] | None = None
-
-    def fields(self) -> dict[str, Any]:
-        """Return the fields that are the same for every stage."""
-        named = key_fields(self.keys)
-        return {
-            "stage": self.phase,
-            "step": self.step,
-            "epoch": self.epoch,
-            "batch_idx": self.batch_idx,
-            "B": self.samples,
-            **named,
-            "mixed_keys": self.has_mixed_keys or named["mixed_keys"],
-            "cond_source": COND_SOURCES.get(self.cond_source, self.cond_source),
-            "film_mode": self.mode,
-            "film_bypass": self.mode == "off",
-            "film_apply_point": self.apply_point,
-            **cache_fields(self.cache),
-            **({} if self.response is None else {"vlm_response_debug": self.response}),
-            "shuffle_perm_hash": None if self.permutation is None else permutation_hash(self.permutation),
-        }
-
-
-# What a condition is made from, in the words of the soft-seg port.
-COND_SOURCES = {"image": "image_global", "text": "text_prompt"}
-
-
 class Diagnostics:
     """Decide which steps are logged, and write the lines."""
 
@@ -201,6 +120,7 @@ class Diagnostics:
         self._warned_of_tensors: set[str] = set()
         # By `film_id`: a UNet and its copies.
         self._lines: defaultdict[str, ModelLines] = defaultdict(ModelLines)
+        self._alarms: dict[str, ConditionAlarm] = {}
 
     def is_logged(self, phase: str, step: int | None, batch_idx: int | None) -> bool:
         """Tell whether this step is logged, on rank zero; with gradient accumulation, the first batch of a step alone."""
@@ -216,7 +136,13 @@ class Diagnostics:
         """Return what the model answered about the first image of a batch, where `vlm_response_debug_enabled` asks for it at this step."""
         if self._responses_every is None or note is None or (facts.phase == "train" and (facts.step or 0) % self._responses_every):
             return None
-        return {"image_id": facts.keys[0], "prompt_idx": 0, "source": "generated" if facts.cache.miss else "cache", **_first_answer(note)}
+        return {"image_id": facts.keys[0], "prompt_idx": 0, "source": "generated" if facts.cache.miss else "cache", **first_answer(note)}
+
+    def alarm(self, film_id: str, settings: Settings) -> ConditionAlarm:
+        """Return what watches the condition of a UNet and its copies."""
+        if film_id not in self._alarms:
+            self._alarms[film_id] = ConditionAlarm(settings)
+        return self._alarms[film_id]
 
     def enter_phase(self, phase: str) -> None:
         """Note the phase of a step that begins: the first step of another phase after a validation reports that validation."""
@@ -260,8 +186,8 @@ class Diagnostics:
 class StageRecorder:
     """Takes the statistics of each block once, for one UNet forward of a logged step."""
 
-    def __init__(self, diagnostics: Diagnostics, facts: StepFacts) -> None:
-        self._diagnostics, self._facts = diagnostics, facts
+    def __init__(self, diagnostics: Diagnostics, facts: StepFacts, verdicts: Mapping[int, StageVerdict]) -> None:
+        self._diagnostics, self._facts, self._verdicts = diagnostics, facts, verdicts
         self._seen: set[int] = set()
 
     def record(self, stage: int, before: Tensor, after: Tensor, gamma: Tensor, beta: Tensor, cond_vec: Tensor | None) -> None:
@@ -271,34 +197,10 @@ class StageRecorder:
         self._seen.add(stage)
         with torch.no_grad():
             numbers = statistics(before, after, gamma, beta, cond_vec)
+        if stage in self._verdicts:
+            numbers |= self._verdicts[stage].fields()
         self._diagnostics.add(self._facts, stage, numbers)
-
-
-def _first_answer(note: str) -> dict[str, Any]:
-    """Return the answer to the first prompt, and the best candidates of its values where it has any; a note is a text, or JSON of several."""
-    try:
-        content = json.loads(note)
-    except ValueError:
-        return {"response": note}
-    if isinstance(content, dict) and "answers" in content:
-        return {"response": content["answers"][0], "fields": content["fields"][0]}
-    return {"response": content[0] if isinstance(content, list) and content else note}
 
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _json(row: Mapping[str, Any]) -> str:
-    return json.dumps(_plain(row), default=str)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    # JSON has no NaN and no infinity; a diverged run must stay readable.
-    if isinstance(value, float):
-        return round(value, 8) if math.isfinite(value) else str(value)
-    return value

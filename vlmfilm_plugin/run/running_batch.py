@@ -17,10 +17,12 @@ from vlmfilm_plugin.film.module import FilmModule
 from vlmfilm_plugin.forward.context import ForwardContext
 from vlmfilm_plugin.host_spec import RowMap, same_rows
 from vlmfilm_plugin.log import film_logger
+from vlmfilm_plugin.run.alarm import StageVerdict
 from vlmfilm_plugin.run.feature_lookup import BatchFeatures
 from vlmfilm_plugin.run.film_state import FilmState, FilmStates
 from vlmfilm_plugin.run.kept_contexts import KeptContexts
-from vlmfilm_plugin.run.log_lines import Diagnostics, StageRecorder, StepFacts
+from vlmfilm_plugin.run.log_fields import StepFacts
+from vlmfilm_plugin.run.log_lines import Diagnostics, StageRecorder
 from vlmfilm_plugin.run.row_map import RowIndex
 from vlmfilm_plugin.run.training_check import has_optimizer
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE, STRICT_VARIABLE, is_strict
@@ -73,6 +75,9 @@ class RunningBatch:
         self._features: dict[Any, Tensor] = {}
         self._transformed: dict[Any, Tensor] = {}
         self._recorded: set[str] = set()
+        # The keys of what conditions the samples, by `film_id`, until the alarm has seen it.
+        self._unwatched: dict[str, list[str]] = {}
+        self._verdicts: dict[str, Mapping[int, StageVerdict]] = {}
         self._is_logged = diagnostics.is_logged(given.phase, given.step, given.batch_idx)
         self._facts: StepFacts | None = None
 
@@ -95,6 +100,8 @@ class RunningBatch:
             self._refuse_baseline(film, film.baseline_load)
         index = self._row_index.of(x, image)
         features = self._features_for(film, x.device)
+        if masks is not None:
+            self._watch(film, features)
         gate = None if masks is None else self._gate(film, x, image, index, masks)
         recorder = None if masks is None else self._recorder(film)
         if film.training or torch.is_grad_enabled():
@@ -131,11 +138,22 @@ class RunningBatch:
         view = GateView(x, image, given.content, given.phase, rows=index, samples=samples, epoch=epoch, masks=masks)
         return gate_of(self._states.settings_of(film), view, film.architecture.stages)
 
+    def _watch(self, film: FilmModule, features: Tensor) -> None:
+        """Let the alarm see what conditions a training batch; once a batch, whatever forwards it takes. A control has nothing to alarm about."""
+        keys = self._unwatched.pop(film.film_id, None)
+        if keys is None or film.waits or film.architecture.feature_control != "none":
+            return
+        alarm = self._diagnostics.alarm(film.film_id, self._states.settings_of(film))
+        alarm.collect(keys, features)
+        if alarm.is_due(self.given.step):
+            self._verdicts[film.film_id] = alarm.read(film, self.given.step)
+
     def _recorder(self, film: FilmModule) -> StageRecorder | None:
         if not self._is_logged or film.film_id in self._recorded:
             return None
         self._recorded.add(film.film_id)
-        return StageRecorder(self._diagnostics, self._facts or self._step_facts(film, None, None))
+        verdicts = self._verdicts.get(film.film_id, {})
+        return StageRecorder(self._diagnostics, self._facts or self._step_facts(film, None, None), verdicts)
 
     def _features_for(self, film: FilmModule, device: torch.device) -> Tensor:
         """Return the features (S, F) of the samples, transformed; memory, store and encoder are asked once a batch."""
@@ -160,6 +178,8 @@ class RunningBatch:
             state.statistics.before_step(film, found)
         else:
             state.statistics.require(film, given.phase, found.features, is_in_fit=given.is_in_fit)
+        if is_train and film.mode == "on":
+            self._unwatched[film.film_id] = [sample.key for sample in found.used]
         features, permutation = self._shuffle(state, found) if film.mode == "shuffle" else (found.features, None)
         self._diagnostics.cache_stats(given.step, state.provider.stats)
         self._facts = self._step_facts(film, found, permutation)
@@ -178,6 +198,8 @@ class RunningBatch:
     def _shuffle(self, state: FilmState, found: BatchFeatures) -> tuple[Tensor, list[int]]:
         """Return features of other images: exchanged inside the batch, or, where all rows have one image's, a donor's."""
         given, step = self.given, self.given.step or 0
+        if not state.donors.is_within_batch:
+            return self._donated(state, found, step)
         permutation = state.donors.exchange([sample.key for sample in found.used], found.features, step)
         if permutation is not None:
             self._diagnostics.shuffled(given.phase, given.epoch, permutation)
@@ -186,6 +208,14 @@ class RunningBatch:
         donor, feature = state.donors.donor(alone, step)
         self._diagnostics.shuffled(given.phase, given.epoch, [0], f" batch of one image: {alone.key} is conditioned on {donor}")
         return feature.expand(len(found.used), -1), [0] * len(found.used)
+
+    def _donated(self, state: FilmState, found: BatchFeatures, step: int) -> tuple[Tensor, list[int]]:
+        """Return the feature of a donor of its own for each sample."""
+        given = self.given
+        donors = [state.donors.donor(sample, step) for sample in found.used]
+        first = f" each by a donor of its own: {found.used[0].key} is conditioned on {donors[0][0]}"
+        self._diagnostics.shuffled(given.phase, given.epoch, [0], first)
+        return torch.stack([feature for _, feature in donors]), [0] * len(donors)
 
 
 def image_of(batch: Any) -> Tensor:

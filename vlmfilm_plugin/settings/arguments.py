@@ -49,6 +49,7 @@ class SettingsArguments(TypedDict, total=False):
     mem_cache_size: int
     on_missing_feature: str
     accept_narrow_range: bool
+    feature_control: str
     feature_transform: str | Sequence[str]
     # which feature conditions which row
     batch_strategy: str
@@ -58,6 +59,8 @@ class SettingsArguments(TypedDict, total=False):
     # mode shuffle
     shuffle_seed: int
     shuffle_pairs_file: str | PathLike[str] | None
+    shuffle_donor: str
+    shuffle_classes_file: str | PathLike[str] | None
     # FiLM
     cond_dim: int
     text_mlp_hidden_dim: int
@@ -71,6 +74,7 @@ class SettingsArguments(TypedDict, total=False):
     spatial_gate: str | None
     junction_gating_config: Mapping[str, object] | JunctionGating | None
     freeze_host: bool
+    film_lr_scale: float
     # diagnostics
     verbose: bool
     verbose_debug: bool

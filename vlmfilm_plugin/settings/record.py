@@ -63,6 +63,7 @@ class Settings:
     mem_cache_size: int = setting(16384, "int", low=0)
     on_missing_feature: str = setting("encode", "str", choices=("encode", "error"))
     accept_narrow_range: bool = setting(False, "bool")
+    feature_control: str = setting("none", "str", choices=("none", "constant"))
     feature_transform: tuple[str, ...] = setting(("center",), "transform")
     # which feature conditions which row
     batch_strategy: str = setting("per_sample", "str", choices=("per_sample", "first", "random"))
@@ -72,6 +73,8 @@ class Settings:
     # mode shuffle
     shuffle_seed: int = setting(0, "int", low=0)
     shuffle_pairs_file: str | None = setting(None, "path", optional=True)
+    shuffle_donor: str = setting("any", "str", choices=("any", "other_class", "most_distant"))
+    shuffle_classes_file: str | None = setting(None, "path", optional=True)
     # FiLM
     cond_dim: int = setting(256, "int", low=1)
     text_mlp_hidden_dim: int = setting(256, "int", low=1)
@@ -85,6 +88,7 @@ class Settings:
     spatial_gate: str | None = setting(None, "str", optional=True)
     junction_gating_config: JunctionGating | None = setting(None, "junctions", optional=True)  # noqa: RUF009
     freeze_host: bool = setting(False, "bool")
+    film_lr_scale: float = setting(1.0, "float", low=1e-6)
     # diagnostics
     verbose: bool = setting(False, "bool")
     verbose_debug: bool = setting(False, "bool")

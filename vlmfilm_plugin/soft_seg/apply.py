@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlmfilm_plugin.errors import ConditionError, FeatureError
-from vlmfilm_plugin.features.shuffle import Shuffle, permutation_hash
+from vlmfilm_plugin.features.shuffle import distances_of, permutation_hash
 from vlmfilm_plugin.film.gates import check_gate
 from vlmfilm_plugin.film.layers import identity_for, modulate
 from vlmfilm_plugin.film.statistics import gate_statistics, statistics
-from vlmfilm_plugin.run.log_lines import line_of
+from vlmfilm_plugin.run.log_fields import line_of
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE, read_mode
 from vlmfilm_plugin.soft_seg.call import Call
 from vlmfilm_plugin.soft_seg.model_state import ModelState, shuffle_of_environment, state_of
@@ -126,8 +127,8 @@ def _shuffled(cond_vec: Tensor, vlm_cond: Any, call: Call, seed: int | None, sta
     """Return the rows of cond_vec (B, cond_dim) exchanged between images, and the row that each one's condition came from."""
     names, step, shuffle = call.names(cond_vec.shape[0]), call.step or 0, shuffle_of_environment()
     if seed is not None:
-        shuffle = Shuffle(seed, shuffle.pairs)
-    permutation = shuffle.exchange(names, step)
+        shuffle = replace(shuffle, seed=seed)
+    permutation = shuffle.exchange(names, step, names=names, distances=lambda: distances_of(cond_vec))
     if permutation is not None:
         state.write_pairs(shuffle, names, permutation, step)
         state.shuffled(call, permutation, "" if call.step is not None else " WARNING: no step is known: every call has this permutation")

@@ -23,7 +23,8 @@ from vlmfilm_plugin.film.layers import ImageToConditionVector, TextToConditionVe
 from vlmfilm_plugin.film.statistics import condition_statistics
 from vlmfilm_plugin.run.batch_strategy import BatchStrategy
 from vlmfilm_plugin.run.feature_lookup import FeatureLookup
-from vlmfilm_plugin.run.log_lines import COND_SOURCES, Diagnostics, cache_fields, key_fields, line_of, write_cache_key
+from vlmfilm_plugin.run.log_fields import COND_SOURCES, cache_fields, key_fields, line_of
+from vlmfilm_plugin.run.log_lines import Diagnostics, write_cache_key
 from vlmfilm_plugin.settings.layers import layers_of, resolve
 from vlmfilm_plugin.settings.mode import read_mode
 from vlmfilm_plugin.soft_seg.naming import named_samples, names_of_rows, source_of_keys
