@@ -139,6 +139,10 @@ class Steps:
         value_range: (low, high) of the batch's image tensor.
         batch: the method's bound arguments without self -> the batch, a mapping with the image tensor (B, C, H, W) at `image`.
         rows: which sample each row of a UNet forward belongs to.
+        loaded: the method's bound arguments without self -> the images as the data loader gave them (B, ...), by which the row ledger knows
+            the rows; None: the batch's own `image`.
+        is_whole: whether the tensors are whole images, neither cropped nor augmented: then their pixels stand for files that cannot be
+            read as images.
     """
 
     cls: type
@@ -146,6 +150,8 @@ class Steps:
     value_range: tuple[float, float]
     batch: Callable[[Mapping[str, Any]], Any] = first_argument
     rows: RowMap = same_rows
+    loaded: Callable[[Mapping[str, Any]], Any] | None = None
+    is_whole: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +195,7 @@ class HostSpec:
         image_files: data set classes of this module.
         recompute: names in this module that hold a checkpoint function of the host's own, called with the function to run again first;
             `torch.utils.checkpoint` needs no mention.
+        choose_image: of several files that were opened for one item (modalities, say) and may each be its image: the one that is, or None.
     """
 
     name: str
@@ -198,6 +205,7 @@ class HostSpec:
     configs: Sequence[Config] = ()
     image_files: Sequence[ImageFiles] = ()
     recompute: Sequence[str] = field(default=())
+    choose_image: Callable[[Sequence[str]], str | None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

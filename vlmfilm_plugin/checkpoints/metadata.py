@@ -5,7 +5,7 @@ Weights themselves travel in the host's own state dict, under the UNet (`...vlm_
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,7 @@ from vlmfilm_plugin.film.module import MARKER, FilmModule, film_modules
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 from vlmfilm_plugin.settings.record import Settings
 
+_ROWS = "rows"
 _ENCODER_SETTINGS = dict.fromkeys(
     ["encoder", "revision", "min_pixels", "max_pixels", "prompt_templates", "questionnaire", *PORT_ENCODER_SETTINGS, *LATER_ENCODER_SETTINGS]
 )
@@ -29,8 +30,12 @@ NOTE = (
 )
 
 
-def write_metadata(model: nn.Module, settings: Settings, checkpoint: MutableMapping[str, Any]) -> None:
-    """Add FiLM's metadata to a checkpoint that is about to be saved: under `vlm_film`, and the port's `vlm_film_trained_stages`."""
+def write_metadata(model: nn.Module, settings: Settings, checkpoint: MutableMapping[str, Any], rows: str | None = None) -> None:
+    """Add FiLM's metadata to a checkpoint that is about to be saved: under `vlm_film`, and the port's `vlm_film_trained_stages`.
+
+    Args:
+        rows: the kind of feature it was trained on, where that is known.
+    """
     films = film_modules(model)
     if not films:
         return
@@ -43,8 +48,15 @@ def write_metadata(model: nn.Module, settings: Settings, checkpoint: MutableMapp
         "settings": {name: values[name] for name in (*_ENCODER_SETTINGS, *gate) if name in values},
         "mode": films[0].mode,
         "note": NOTE,
+        **({} if rows is None else {_ROWS: rows}),
     }
     checkpoint[TRAINED_STAGES] = [stage.index for stage in architecture.stages]
+
+
+def rows_in(checkpoint: Mapping[str, Any]) -> object:
+    """Return the kind of feature that a checkpoint's FiLM was trained on, as it was recorded; None where it was not."""
+    metadata = checkpoint.get(METADATA)
+    return metadata.get(_ROWS) if isinstance(metadata, Mapping) else None
 
 
 def adapt(model: nn.Module, checkpoint: MutableMapping[str, Any], settings: Settings) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class RowNames:
         *,
         dataset_root: str | os.PathLike[str] | None = None,
         files: Mapping[str, Path | None] | None = None,
+        loaded: Callable[[], Sequence[Path | None]] | None = None,
     ) -> RowNames:
         """Find names, splits and files of a batch.
 
@@ -73,6 +74,8 @@ class RowNames:
         Args:
             batch: what the host's data loader gave; anything, None included.
             files: the untouched file behind a name, as the host's data sets know it.
+            loaded: returns the file of each row as the row ledger knows it; asked last, and where the image's own metadata names several
+                rows: an indexed MetaTensor keeps its metadata in the old order.
         """
         fields = _fields(batch)
         sources = _sources(fields)
@@ -86,6 +89,14 @@ class RowNames:
         paths = _find_paths(sources, read, rows, dataset_root)
         if files and None in paths and (own := names_in(fields.get(NAME), rows)) is not None:
             paths = [path or files.get(name) for path, name in zip(paths, own, strict=True)]
+        is_doubtful = loaded is not None and rows > 1 and _names_rows(sources, rows)
+        if loaded is not None and (is_doubtful or not all(paths)):
+            known = loaded()
+            if is_doubtful and all(known):
+                paths = list(known)
+                if names is not None and named_by is not None and named_by.label.startswith(_TENSOR_META):
+                    names = _in_order_of(known, names)
+            paths = [path or other for path, other in zip(paths, known, strict=True)]
         return cls(
             splits=tuple(_splits(fields, rows)),
             names=None if names is None else tuple(names),
@@ -164,6 +175,17 @@ def _add_meta(found: list[_Source], label: str, meta: object) -> None:
             held = _column(holder, field)
             if held is not None:
                 found.append(_Source(f"{prefix}[{field!r}]", field, held))
+
+
+def _names_rows(sources: list[_Source], rows: int) -> bool:
+    """Tell whether the image's own metadata names each of several rows."""
+    return any(source.label.startswith(_TENSOR_META) and names_in(source.held, rows) is not None for source in sources)
+
+
+def _in_order_of(paths: Sequence[Path | None], names: list[str]) -> list[str]:
+    """Return names that are paths in the order of the rows' files, spelt as they are; the file itself where it has none."""
+    spelt = {os.path.abspath(name): name for name in names}
+    return [spelt.get(os.path.abspath(str(path)), str(path)) for path in paths]
 
 
 def _find_paths(

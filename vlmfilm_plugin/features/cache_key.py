@@ -62,7 +62,7 @@ def sample_keys(found: RowNames, image: Any, dataset_root: str | os.PathLike[str
         image: (rows, C, H, W); read for rows without a file alone.
     """
     paths = found.paths
-    if paths.count(None) == len(paths):
+    if not any(paths):
         return CacheKeys(content_keys(image, found.splits), CONTENT)
     keys = [""] * len(paths) if found.names is None else _named(found, dataset_root)
     # One name for several files: the file names the image.

@@ -85,7 +85,14 @@ class FeatureProvider:
             raise TypeError("a FeatureProvider that was not built from settings cannot be pickled")
         return FeatureProvider.from_settings, (self._settings,)
 
-    def samples_of(self, batch: Any, image: Tensor, value_range: tuple[float, float], files: Mapping[str, Path | None] | None = None) -> list[Sample]:
+    def samples_of(
+        self,
+        batch: Any,
+        image: Tensor,
+        value_range: tuple[float, float],
+        files: Mapping[str, Path | None] | None = None,
+        loaded: Callable[[], Sequence[Path | None]] | None = None,
+    ) -> list[Sample]:
         """Return the samples of a batch.
 
         A row whose untouched file can be found is keyed by its name and read from that file. Any other is keyed by the content of its
@@ -95,8 +102,9 @@ class FeatureProvider:
             batch: the mapping that the host's step received.
             image: (B, C, H, W) in value_range.
             files: the untouched file behind a name, as the host's data sets know it.
+            loaded: returns the file of each row as the row ledger knows it.
         """
-        found = RowNames.find(batch, image.shape[0], dataset_root=self.dataset_root, files=files)
+        found = RowNames.find(batch, image.shape[0], dataset_root=self.dataset_root, files=files, loaded=loaded)
         named = sample_keys(found, image, self.dataset_root)
         self._announce(named.keys[0], named.source)
         loads: list[Callable[[], Image]] = [

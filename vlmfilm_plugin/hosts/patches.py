@@ -23,6 +23,7 @@ _MARK = "__vlmfilm_patched__"
 def patch_host(module: ModuleType, spec: HostSpec, runtime: Runtime) -> Undo:
     """Patch what a host module contributes; a second call for the same classes changes nothing. Return the undo."""
     undos: list[Undo] = []
+    runtime.watch_loaders(spec.choose_image)
 
     def once(owner: Any, what: str, patch: Callable[[], list[Undo]]) -> None:
         if what not in _patched(owner):
@@ -89,6 +90,8 @@ def _patch_step(spec: Steps, method: str, phase: str | Callable[[Any], str], run
             rows=spec.rows,
             owner=instance,
             batch_idx=batch_idx,
+            loaded=spec.loaded(arguments) if spec.loaded else None,
+            is_whole=spec.is_whole,
         ):
             return wrapped(*args, **kwargs)
 

@@ -5,7 +5,7 @@ Used by a host's running batch and by the soft-seg port's interface. Knows neith
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,8 @@ class FeatureLookup:
         step: int | None = None,
         is_train: bool = False,
         files: Mapping[str, Path | None] | None = None,
+        loaded: Callable[[], Sequence[Path | None]] | None = None,
+        check: Callable[[Sequence[Sample]], None] | None = None,
     ) -> BatchFeatures:
         """Return one feature a sample of a batch: its own in evaluation, what the strategy chooses or holds in training.
 
@@ -69,8 +71,12 @@ class FeatureLookup:
             batch: the mapping that names the samples.
             image: (S, C, H, W) in `value_range`.
             files: the untouched file behind a name, as the host's data sets know it.
+            loaded: returns the file of each row as the row ledger knows it.
+            check: is shown the samples before anything is encoded, and may raise.
         """
-        samples = self.provider.samples_of(batch, image, value_range, files)
+        samples = self.provider.samples_of(batch, image, value_range, files, loaded)
+        if check is not None:
+            check(samples)
         if is_train:
             self.provider.check_range([sample.path for sample in samples], files)
         return self.of_samples(samples, step=step, is_train=is_train)

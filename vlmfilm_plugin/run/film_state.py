@@ -15,6 +15,7 @@ from vlmfilm_plugin.features.shuffle_donor import DataSets, ShuffleDonors
 from vlmfilm_plugin.film.module import FilmModule
 from vlmfilm_plugin.run.batch_strategy import BatchStrategy
 from vlmfilm_plugin.run.feature_lookup import FeatureLookup
+from vlmfilm_plugin.run.loaded_rows import RowKinds
 from vlmfilm_plugin.run.training_statistics import TrainingStatistics
 from vlmfilm_plugin.settings.record import Settings
 
@@ -54,6 +55,7 @@ class FilmStates:
         self._providers: dict[tuple[str | None, ...], FeatureProvider] = {}
         # Loads of plain baselines whose FiLM has trained since, in this process.
         self.trained_loads: set[str] = set()
+        self.kinds = RowKinds()
 
     def built(self, film: FilmModule, settings: Settings) -> None:
         """Note the settings that a module, and every copy of it, was built with."""

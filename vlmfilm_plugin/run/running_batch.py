@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ import torch
 from torch import Tensor
 
 from vlmfilm_plugin.errors import CheckpointError, ConditionError
+from vlmfilm_plugin.features.samples import Sample
 from vlmfilm_plugin.film.gate_view import GateView, MaskReader
 from vlmfilm_plugin.film.gates import SpatialGate, gate_of
 from vlmfilm_plugin.film.module import FilmModule
 from vlmfilm_plugin.forward.context import ForwardContext
 from vlmfilm_plugin.host_spec import RowMap, same_rows
 from vlmfilm_plugin.log import film_logger
+from vlmfilm_plugin.rows.ledger import Ledger
 from vlmfilm_plugin.run.alarm import StageVerdict
 from vlmfilm_plugin.run.feature_lookup import BatchFeatures
 from vlmfilm_plugin.run.film_state import FilmState, FilmStates
 from vlmfilm_plugin.run.kept_contexts import KeptContexts
+from vlmfilm_plugin.run.loaded_rows import CONTENT, LoadedRows
 from vlmfilm_plugin.run.log_fields import StepFacts
 from vlmfilm_plugin.run.log_lines import Diagnostics, StageRecorder
 from vlmfilm_plugin.run.row_map import RowIndex
@@ -39,6 +43,8 @@ class HostBatch:
         rows: which sample each row of a UNet forward belongs to.
         is_fit: False where a trainer validates a checkpoint: its epoch counts from 0 and says nothing of the training.
         is_in_fit: True where a trainer says that it trains, its validation included.
+        loaded: the images as the data loader gave them (B, ...), where `content` holds others.
+        is_whole: whether the images are whole and not augmented: then their pixels may stand for a file that cannot be read.
     """
 
     content: Any
@@ -50,6 +56,8 @@ class HostBatch:
     batch_idx: int | None = None
     is_fit: bool = True
     is_in_fit: bool = False
+    loaded: Tensor | None = None
+    is_whole: bool = False
 
 
 class RunningBatch:
@@ -60,6 +68,7 @@ class RunningBatch:
         states: what the run keeps for each FiLM module.
         diagnostics: the writer of the log lines.
         files: the untouched file behind a name, as the host's data sets know it.
+        ledger: what is known of the rows that data loaders gave.
 
     Raises:
         ConditionError: the batch has no images.
@@ -67,9 +76,17 @@ class RunningBatch:
 
     is_for_all = True
 
-    def __init__(self, given: HostBatch, states: FilmStates, diagnostics: Diagnostics, files: Mapping[str, Path | None]) -> None:
+    def __init__(
+        self,
+        given: HostBatch,
+        states: FilmStates,
+        diagnostics: Diagnostics,
+        files: Mapping[str, Path | None],
+        ledger: Ledger | None = None,
+    ) -> None:
         self.given, self._states, self._diagnostics, self._files = given, states, diagnostics, files
         self.image = image_of(given.content)
+        self._loaded = LoadedRows(ledger or Ledger(), self.image if given.loaded is None else given.loaded)
         self._row_index = RowIndex(given.rows, given.phase, self.image)
         self._kept = KeptContexts()
         self._features: dict[Any, Tensor] = {}
@@ -171,7 +188,17 @@ class RunningBatch:
         if given.phase == "train":
             state.provider.enter_epoch(given.epoch)
         is_train = given.phase == "train"
-        found = state.lookup.of_batch(given.content, self.image, given.value_range, step=given.step, is_train=is_train, files=self._files)
+        loaded = self._loaded.paths if self._loaded.is_expected else None
+        found = state.lookup.of_batch(
+            given.content,
+            self.image,
+            given.value_range,
+            step=given.step,
+            is_train=is_train,
+            files=self._files,
+            loaded=loaded,
+            check=partial(self._check_kind, film, state),
+        )
         if found.is_without_file:
             self._diagnostics.warn_of_tensors(given.phase)
         if is_train:
@@ -185,6 +212,10 @@ class RunningBatch:
         self._facts = self._step_facts(film, found, permutation)
         self._facts.response = self._diagnostics.response(self._facts, state.provider.note_of(found.samples[0]))
         return features
+
+    def _check_kind(self, film: FilmModule, state: FilmState, samples: Sequence[Sample]) -> None:
+        is_content_fine = self.given.is_whole or state.settings.unnamed_rows == CONTENT
+        self._states.kinds.check(film.film_id, self.given.phase, samples, self._loaded, is_content_fine=is_content_fine)
 
     def _step_facts(self, film: FilmModule, found: BatchFeatures | None, permutation: list[int] | None) -> StepFacts:
         given, architecture = self.given, film.architecture

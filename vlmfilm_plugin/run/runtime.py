@@ -6,8 +6,9 @@ Holds mode, settings, the states of the FiLM modules and the log lines. Host ada
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +16,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from vlmfilm_plugin.checkpoints.facts import CheckpointFacts, resolve_with
-from vlmfilm_plugin.checkpoints.metadata import adapt, write_metadata
+from vlmfilm_plugin.checkpoints.metadata import adapt, rows_in, write_metadata
 from vlmfilm_plugin.checkpoints.optimizer_state import match_at_load, names_by_group
 from vlmfilm_plugin.checkpoints.peek import peek
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
@@ -28,6 +29,8 @@ from vlmfilm_plugin.forward.attach import install
 from vlmfilm_plugin.forward.handle import FilmHandle
 from vlmfilm_plugin.host_spec import PHASES, RowMap, UNet, same_rows
 from vlmfilm_plugin.log import film_logger
+from vlmfilm_plugin.rows.ledger import Ledger
+from vlmfilm_plugin.rows.loaders import watch_loaders
 from vlmfilm_plugin.run.film_state import FilmStates
 from vlmfilm_plugin.run.log_lines import Diagnostics, write_how_to_load_at_exit
 from vlmfilm_plugin.run.running_batch import HostBatch, RunningBatch
@@ -58,6 +61,8 @@ class Runtime:
         self._data_sets = DataSets()
         self.states = FilmStates(lambda: self.settings, self._data_sets)
         self.files: dict[str, Path | None] = {}
+        self.ledger = Ledger()
+        self._is_watching_loaders = False
         self.attached = 0
         # Models and UNets with FiLM of their own, left to their owners.
         self.left = 0
@@ -163,6 +168,18 @@ class Runtime:
             f"choose an architecture with a MedSegDiff-style UNet, or unset {MODE_VARIABLE} for a plain run",
         )
 
+    def watch_loaders(self, choice: Callable[[Sequence[str]], str | None] | None = None) -> None:
+        """Note the rows that data loaders give from now on; in mode `off`, which looks up no feature, nothing is watched.
+
+        Args:
+            choice: a host adapter's `HostSpec.choose_image`.
+        """
+        if choice is not None and choice not in self.ledger.choices:
+            self.ledger.choices.append(choice)
+        if self.mode != "off" and not self._is_watching_loaders:
+            self._is_watching_loaders = True
+            watch_loaders(self.ledger)
+
     def learn_image_files(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Note the untouched file behind each name; a name that stands for two files stands for neither from then on."""
         listed = list(pairs)
@@ -199,13 +216,15 @@ class Runtime:
     def save_checkpoint(self, model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         """Add FiLM's metadata to a checkpoint that the host is about to save."""
         if films := film_modules(model):
-            write_metadata(model, self.states.settings_of(films[0]), checkpoint)
+            write_metadata(model, self.states.settings_of(films[0]), checkpoint, self.states.kinds.trained_on(films[0].film_id))
             write_how_to_load_at_exit()
 
     def load_checkpoint(self, model: nn.Module, checkpoint: MutableMapping[str, Any]) -> None:
         """Make a checkpoint fit before the host loads it strictly."""
         if films := film_modules(model):
             adapt(model, checkpoint, self.states.settings_of(films[0]))
+            for film in films:
+                self.states.kinds.recorded(film.film_id, rows_in(checkpoint))
 
     def _is_frozen(self, model: nn.Module) -> bool:
         films = film_modules(model)
@@ -224,6 +243,8 @@ class Runtime:
         owner: Any = None,
         batch_idx: int | None = None,
         step: int | None = None,
+        loaded: Any = None,
+        is_whole: bool = False,
     ) -> Iterator[None]:
         """Publish the running batch: UNet forwards inside the block are conditioned on its images.
 
@@ -238,12 +259,12 @@ class Runtime:
         if step is None:
             step = self._step_of(owner, phase)
         doing = _doing(owner)
-        epoch = getattr(owner, "current_epoch", None)
-        given = HostBatch(batch, phase, value_range, rows, step, epoch, batch_idx, is_fit=doing in (None, "fit"), is_in_fit=doing == "fit")
+        given = HostBatch(batch, phase, value_range, rows, step, getattr(owner, "current_epoch", None), batch_idx)
+        given = replace(given, is_fit=doing in (None, "fit"), is_in_fit=doing == "fit", loaded=loaded, is_whole=is_whole)
         if phase == "train" and self.attached:
             # A host's loop may save by `torch.save` alone, which nothing here sees.
             write_how_to_load_at_exit()
-        running = RunningBatch(given, self.states, self.diagnostics, self.files)
+        running = RunningBatch(given, self.states, self.diagnostics, self.files, self.ledger)
         self.diagnostics.enter_phase(phase)
         with conditioning.in_force(running):
             yield

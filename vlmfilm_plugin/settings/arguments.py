@@ -51,6 +51,7 @@ class SettingsArguments(TypedDict, total=False):
     accept_narrow_range: bool
     feature_control: str
     feature_transform: str | Sequence[str]
+    unnamed_rows: str
     # which feature conditions which row
     batch_strategy: str
     reuse_policy: str

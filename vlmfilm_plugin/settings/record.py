@@ -65,6 +65,7 @@ class Settings:
     accept_narrow_range: bool = setting(False, "bool")
     feature_control: str = setting("none", "str", choices=("none", "constant"))
     feature_transform: tuple[str, ...] = setting(("center",), "transform")
+    unnamed_rows: str = setting("error", "str", choices=("error", "content"))
     # which feature conditions which row
     batch_strategy: str = setting("per_sample", "str", choices=("per_sample", "first", "random"))
     reuse_policy: str = setting("step_interval", "str", choices=("step_interval", "image_id"))
