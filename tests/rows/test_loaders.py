@@ -63,11 +63,12 @@ def check(ledger: Ledger, folder: Path, image: torch.Tensor, like: torch.Tensor 
         {"kind": "crops", "collate_fn": data.flattens},
         {"kind": "dataclass", "collate_fn": data.as_dataclass},
     ],
-    ids=str,
+    ids=lambda case: "-".join(getattr(value, "__name__", str(value)) for value in case.values()),
 )
 def test_every_row_has_the_file_it_was_cut_from_over_two_epochs(ledger: Ledger, folder: Path, case: dict[str, Any]) -> None:
     if case.get("in_order") is False and "in_order" not in vars(DataLoader([1])):
         pytest.skip("this torch has no in_order")
+    case = dict(case)
     crops = data.Crops(folder, case.pop("kind"))
     loader = DataLoader(crops, batch_size=5, shuffle=True, **case)
     assert loader.dataset is crops

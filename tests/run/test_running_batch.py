@@ -1,7 +1,8 @@
-"""The condition of one batch without a runtime or a host: features once a batch, rows mapped, what is kept in evaluation."""
+"""The condition of one batch without a runtime or a host: features once a batch, rows mapped."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def running(states: FilmStates, diagnostics: Diagnostics, image: torch.Tensor = 
     return RunningBatch(HostBatch({"image": image}, phase, (0.0, 1.0), step=1, batch_idx=1), states, diagnostics, {})
 
 
-def test_features_are_looked_up_once_a_batch_and_conditions_computed_once_in_evaluation(tmp_path: Path) -> None:
+def test_features_are_looked_up_once_a_batch_and_every_forward_has_a_context_of_its_own(tmp_path: Path) -> None:
     handle, states, diagnostics = parts(tmp_path)
     handle.unet.eval()
     batch = running(states, diagnostics)
@@ -39,20 +40,33 @@ def test_features_are_looked_up_once_a_batch_and_conditions_computed_once_in_eva
         outputs = [handle.unet(*inputs(2)) for _ in range(3)]
     assert torch.equal(outputs[0], outputs[2]) and states.of(handle.film).provider.stats.total == 2
     x = torch.zeros(2, 1, 8, 8)
+    assert batch.open_context(handle.film, x, None, None) is not batch.open_context(handle.film, x, None, None)
+
+
+def _replaced(parameter: torch.nn.Parameter) -> None:
+    parameter.data = parameter.data + 0.3
+
+
+def _without_a_trace(parameter: torch.nn.Parameter) -> None:
+    parameter.data.add_(0.3)
+
+
+def _in_place(parameter: torch.nn.Parameter) -> None:
     with torch.no_grad():
-        assert batch.open_context(handle.film, x, None, None) is batch.open_context(handle.film, x, None, None)
-    assert batch.open_context(handle.film, x, None, None) is not batch.open_context(handle.film, x, None, None), (
-        "a training forward has a context of its own"
-    )
+        parameter.add_(0.3)
 
 
-def test_weights_that_change_inside_a_batch_are_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [_replaced, _without_a_trace, _in_place])
+@pytest.mark.parametrize("part", ["", "weight", "bias", "image_to_cond.proj.weight", "heads.0.mlp.2.weight"])
+def test_weights_that_change_inside_a_batch_act_at_once(tmp_path: Path, change: Callable[[torch.nn.Parameter], None], part: str) -> None:
     handle, states, diagnostics = parts(tmp_path)
     handle.unet.eval()
     with torch.no_grad(), in_force(running(states, diagnostics)):
         before = handle.unet(*inputs(2))
-        for parameter in handle.film.parameters():
-            parameter.data = parameter.data + 0.3
+        changed = [parameter for name, parameter in handle.film.named_parameters() if name.endswith(part)]
+        assert changed
+        for parameter in changed:
+            change(parameter)
         assert not torch.equal(before, handle.unet(*inputs(2)))
 
 

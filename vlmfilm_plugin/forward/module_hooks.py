@@ -24,6 +24,7 @@ from vlmfilm_plugin.forward import context as conditioning
 from vlmfilm_plugin.forward.context import ForwardContext
 from vlmfilm_plugin.forward.first_pass import ForwardMasks
 from vlmfilm_plugin.forward.recompute import stacks
+from vlmfilm_plugin.forward.traced import refuse_tracer
 from vlmfilm_plugin.forward.uncompiled import uncompiled
 from vlmfilm_plugin.host_spec import Masks
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE
@@ -87,8 +88,9 @@ class OpenContext:
             context = self._context_for(unet, film, args, kwargs)
             context.prepare()
         except Exception:
-            # The closing hook runs all the same: it must close this forward's context, not that of an outer one.
-            conditioning.push_context(ForwardContext(film, None))
+            # The closing hook runs all the same, but under torch.export: it must close this forward's context, not that of an outer one.
+            if not torch.compiler.is_compiling():
+                conditioning.push_context(ForwardContext(film, None))
             raise
         conditioning.push_context(context)
 
@@ -125,6 +127,8 @@ class OpenContext:
                 {"found": "a condition from outside of this backward()", "likely": "a checkpoint function other than torch's around the whole UNet"},
                 "use torch.utils.checkpoint; a host's own checkpoint function stands in its host adapter's `HostSpec.recompute`",
             )
+        if film.mode != "off":
+            refuse_tracer(type(unet).__name__)
         name = next((name for name in self.arguments[:1] if name in arguments), next(iter(arguments)))
         x, image = arguments[name], arguments.get(self.condition) if self.condition else None
         is_first_pass = any(running is film for running in stacks.first_passes)

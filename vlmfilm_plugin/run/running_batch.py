@@ -23,7 +23,6 @@ from vlmfilm_plugin.rows.ledger import Ledger
 from vlmfilm_plugin.run.alarm import StageVerdict
 from vlmfilm_plugin.run.feature_lookup import BatchFeatures
 from vlmfilm_plugin.run.film_state import FilmState, FilmStates
-from vlmfilm_plugin.run.kept_contexts import KeptContexts
 from vlmfilm_plugin.run.loaded_rows import CONTENT, LoadedRows
 from vlmfilm_plugin.run.log_fields import StepFacts
 from vlmfilm_plugin.run.log_lines import Diagnostics, StageRecorder
@@ -88,7 +87,6 @@ class RunningBatch:
         self.image = image_of(given.content)
         self._loaded = LoadedRows(ledger or Ledger(), self.image if given.loaded is None else given.loaded)
         self._row_index = RowIndex(given.rows, given.phase, self.image)
-        self._kept = KeptContexts()
         self._features: dict[Any, Tensor] = {}
         self._transformed: dict[Any, Tensor] = {}
         self._recorded: set[str] = set()
@@ -110,7 +108,11 @@ class RunningBatch:
         return True
 
     def open_context(self, film: FilmModule, x: Tensor, image: Tensor | None, masks: MaskReader | None) -> ForwardContext:
-        """Return the context of a forward; in evaluation what was computed for a batch is kept for all its forwards."""
+        """Return the context of a forward. Features are looked up once a batch; gamma and beta are computed in every forward.
+
+        An EMA may swap FiLM's weights in for one of them, through `.data` without a trace, and to compare the values costs more than
+        gamma and beta do.
+        """
         if film.mode == "off":
             return ForwardContext(film, None, recorder=self._recorder(film))
         if film.baseline_load is not None:
@@ -121,11 +123,7 @@ class RunningBatch:
             self._watch(film, features)
         gate = None if masks is None else self._gate(film, x, image, index, masks)
         recorder = None if masks is None else self._recorder(film)
-        if film.training or torch.is_grad_enabled():
-            return ForwardContext(film, features, index, recorder=recorder, gate=gate, waits=film.waits)
-        context = self._kept.context(film, x, features, index)
-        context.recorder, context.gate, context.waits = recorder, gate, film.waits
-        return context
+        return ForwardContext(film, features, index, recorder=recorder, gate=gate, waits=film.waits)
 
     def _refuse_baseline(self, film: FilmModule, load: str) -> None:
         """Let a plain baseline train, which is fine-tuning.

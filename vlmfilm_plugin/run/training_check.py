@@ -24,7 +24,7 @@ _GO_ON = f"{STRICT_VARIABLE}=0 makes this a warning"
 
 @dataclass
 class _Before:
-    """What a UNet held before an update of an optimizer that cannot be shown to be its own: one tensor of the host, and all of FiLM's."""
+    """What a UNet held before an update of an optimizer that cannot be shown to be its own: one tensor of the host, and FiLM's change probes."""
 
     unet: ref[nn.Module]
     host: Tensor
@@ -136,7 +136,7 @@ def _held(optimizers: Iterable[Optimizer]) -> Iterator[int]:
 
 def _remember(unet: nn.Module) -> _Before | None:
     host = _first_of_host(unet)
-    return None if host is None else _Before(ref(unet), host.clone(), [_local(parameter).clone() for parameter in _film_of(unet).parameters()])
+    return None if host is None else _Before(ref(unet), host.clone(), [_local(probe).clone() for probe in _film_of(unet).change_probes()])
 
 
 def _is_unchanged(before: _Before) -> bool:
@@ -151,7 +151,7 @@ def _is_unchanged(before: _Before) -> bool:
         return False
     if _is_same(host, before.host):
         return True
-    film = [_local(parameter) for parameter in _film_of(unet).parameters()]
+    film = [_local(probe) for probe in _film_of(unet).change_probes()]
     if not all(map(_is_same, film, before.film)):
         return False
     facts = {"found": f"no parameter of {ATTRIBUTE} changed in an update that changed the UNet's", "expected": "both to change"}
