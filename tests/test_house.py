@@ -295,8 +295,8 @@ def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:
 # 6. Files that are written
 
 
-# The one that writes, the demo's own folder, and a file that lines are added to.
-WRITERS = {"files.py", "demo/run.py", "demo/folder.py", "features/shuffle_pairs.py"}
+# The one that writes, the demo's own folder, a file that lines are added to, and private copies that are gone again.
+WRITERS = {"files.py", "demo/run.py", "demo/folder.py", "features/shuffle_pairs.py", "features/store/snapshot.py"}
 
 
 def test_files_are_written_in_one_place() -> None:

@@ -81,9 +81,10 @@ class FilmHandle:
         if features is None:
             assert images is not None
             provider = self._feature_provider()
-            if self.unet.training and torch.is_grad_enabled():
+            is_train = self.unet.training and torch.is_grad_enabled()
+            if is_train:
                 provider.check_range([Path(image) for image in images if isinstance(image, str | os.PathLike)])
-            features = provider.of_images(images)
+            features = provider.of_images(images, is_train=is_train)
         check_features(features, self.feature_dim)
         if gate is None:
             find_gate(self.settings.gate_name, self.settings.origin("spatial_gate"))
