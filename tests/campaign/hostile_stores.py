@@ -17,7 +17,7 @@ VALUES = (
 )  # fmt: skip
 COLUMNS = (
     "namespace", "key", "source_size", "source_mtime_ns", "source_digest", "source_place", "dtype", "width", "data", "checksum", "created",
-    "note",
+    "note", "source_ctime_ns", "source_inode",
 )  # fmt: skip
 SPACES = ("id", "fingerprint", "facts", "created")
 
@@ -58,11 +58,12 @@ def _swap_data(connection: sqlite3.Connection, chance: random.Random) -> None:
 
 def _forge_checksums(connection: sqlite3.Connection, chance: random.Random) -> None:
     """NaN, infinity, another width, with a checksum that is right."""
-    from vlmfilm_plugin.features.store.rows import bound, checksum
+    from vlmfilm_plugin.features.store.rows import COLUMNS, Row, checksum
 
     data = np.full(chance.choice([1, 63, 64, 65]), chance.choice([np.nan, np.inf, 1.0]), np.float16).tobytes()
-    for key, note in connection.execute("SELECT key, note FROM features LIMIT 5").fetchall():
-        values = (data, len(data) // 2, bound(checksum(key, data, note), made.IDENTITY.fingerprint), key)
+    for row in map(Row._make, connection.execute(f"SELECT {COLUMNS} FROM features LIMIT 5").fetchall()):
+        forged = row._replace(data=data, width=len(data) // 2)
+        values = (data, forged.width, checksum(forged, made.IDENTITY.fingerprint), row.key)
         connection.execute("UPDATE features SET data = ?, width = ?, checksum = ? WHERE key = ?", values)
 
 

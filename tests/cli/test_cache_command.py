@@ -77,8 +77,8 @@ def test_verify_finds_damage_and_exits_1(folder: Path, capsys: pytest.CaptureFix
     change(folder, "UPDATE features SET note = 'other' WHERE key = ?", b"k2")
     change(folder, "UPDATE features SET data = zeroblob(8) WHERE key = ?", b"k3")
     change(folder, "UPDATE namespaces SET facts = '{}' WHERE fingerprint = ?", B.fingerprint)
-    columns = "dtype, width, data, checksum, created"
-    change(folder, f"INSERT INTO features SELECT 77, key, 1, 1, '', NULL, {columns}, NULL FROM features WHERE key = ?", b"k0")
+    columns = "key, source_digest, dtype, width, data, checksum, created"
+    change(folder, f"INSERT INTO features (namespace, {columns}) SELECT 77, {columns} FROM features WHERE key = ?", b"k0")
     found = call(capsys, "verify", "--cache-dir", folder, "--json", code=1)
     assert found["damaged"] == [[A.fingerprint, "k2"], [A.fingerprint, "k3"]] and len(found["problems"]) == 2
     text = call(capsys, "verify", "--cache-dir", folder, code=1)
@@ -125,14 +125,16 @@ def test_prune_deletes_nothing_for_a_name_that_is_not_one_namespace(folder: Path
     assert call(capsys, "stats", "--cache-dir", folder, "--json")["features"] == 6
 
 
-def test_an_open_store_never_reads_another_encoder_after_a_prune(folder: Path) -> None:
-    # SQLite gives the id of a deleted namespace to the next one.
+def test_an_open_store_never_reads_another_encoder_after_a_prune_and_ids_are_never_used_again(folder: Path) -> None:
     c = EncoderIdentity({"encoder": "cc"})
     with FeatureStore(folder) as store, opened(folder) as file:
         assert store.read(B, ["k1"])
         prune(file, drop=["bb"])
         store.write(c, [StoredFeature("k1", np.zeros(6))])
         assert store.read(B, ["k1"]) == {} and store.count(B) == 0
+    with sqlite3.connect(folder / "features.sqlite") as connection:
+        assert [number for (number,) in connection.execute("SELECT id FROM namespaces ORDER BY id")] == [1, 3]
+    connection.close()
 
 
 def test_export_and_import_carry_everything(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

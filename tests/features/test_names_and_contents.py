@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from without_rights import run_without_rights
 
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
 from vlmfilm_plugin.errors import MissingFeatureError
@@ -234,17 +235,22 @@ def test_a_store_of_the_first_version_serves_a_run_that_may_encode_nothing(tmp_p
         assert len(set(store.keys(identity))) == (4 if key == "unknown:{name}" else 7)
 
 
-def test_a_store_of_the_first_version_that_cannot_be_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlmfilm_plugin.features.store.sqlite_file import StoreFile
-
-    paths = [picture(tmp_path / "data" / f"{i}.bmp", i) for i in range(3)]
-    first_version(tmp_path / "cache", paths, "unknown:elsewhere/{name}")
-
-    def refuse(self: StoreFile) -> sqlite3.Connection:
-        raise sqlite3.OperationalError("attempt to write a readonly database")
-
-    monkeypatch.setattr(StoreFile, "_open_writable", refuse)
-    strict = provider(tmp_path / "cache", tmp_path / "data", "error", dtype="float16")
+def read_twice(folder: Path, paths: list[Path]) -> tuple[int, int]:
+    strict = provider(folder / "cache", folder / "data", "error", dtype="float16")
     for _ in range(2):
         torch.testing.assert_close(features(strict, name=[path.name for path in paths]), truth(*paths), rtol=1e-3, atol=1e-3)
-    assert strict.stats.disk_hit == 3 and strict.stats.mem_hit == 3
+    return strict.stats.disk_hit, strict.stats.mem_hit
+
+
+def test_a_store_of_the_first_version_that_cannot_be_written_is_read(tmp_path: Path) -> None:
+    paths = [picture(tmp_path / "data" / f"{i}.bmp", i) for i in range(3)]
+    first_version(tmp_path / "cache", paths, "unknown:elsewhere/{name}")
+    file = tmp_path / "cache" / "features.sqlite"
+    before = file.read_bytes()
+    file.chmod(0o400)
+    file.parent.chmod(0o500)
+    try:
+        assert run_without_rights(read_twice, tmp_path, paths) == (3, 3)
+    finally:
+        file.parent.chmod(0o700)
+    assert file.read_bytes() == before and os.listdir(file.parent) == [file.name]

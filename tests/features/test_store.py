@@ -259,14 +259,15 @@ def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_migration_that_fails_leaves_no_half_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlmfilm_plugin.features.store import sqlite_file as store_file
+    from vlmfilm_plugin.features.store import schema
 
-    monkeypatch.setattr(store_file, "_MIGRATIONS", (*store_file._MIGRATIONS, ("CREATE TABLE extra (x)", "CREATE TABLE broken (")))
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, ("CREATE TABLE extra (x)", "CREATE TABLE broken (")))
+    monkeypatch.setattr(schema, "VERSION", schema.VERSION + 1)
     with pytest.raises(StoreError):
         FeatureStore(tmp_path)
     monkeypatch.undo()
     with FeatureStore(tmp_path) as store:
-        assert _raw(store, "PRAGMA user_version") == [(4,)]
+        assert _raw(store, "PRAGMA user_version") == [(5,)]
         assert _raw(store, "SELECT count(*) FROM sqlite_master WHERE name = 'extra'") == [(0,)]
 
 

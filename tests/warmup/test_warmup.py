@@ -383,27 +383,25 @@ def test_shard_files_are_merged_into_one(tmp_path: Path) -> None:
 
 
 def test_a_store_of_the_first_schema_keeps_its_features(tmp_path: Path) -> None:
-    from vlmfilm_plugin.features.store import sqlite_file as store_file
-    from vlmfilm_plugin.features.store.rows import bound
+    from vlmfilm_plugin.features.store import schema
+    from vlmfilm_plugin.features.store.rows import checksum_of_first_version
 
     quiet(make_images(tmp_path / "imgs", 3)[0].parent, tmp_path)
     with sqlite3.connect(tmp_path / "cache" / "features.sqlite") as new:
-        # A checksum was not yet bound to the encoder.
-        new.create_function("unbound", 2, bound)
-        checksum = "unbound(checksum, (SELECT fingerprint FROM namespaces WHERE id = namespace))"
-        columns = f"source_digest || '@' || source_place, dtype, width, data, {checksum}, created"
+        new.create_function("old_checksum", 3, checksum_of_first_version)
+        columns = "source_digest || '@' || source_place, dtype, width, data, old_checksum(key, data, note), created"
         rows = new.execute(f"SELECT namespace, key, source_size, source_mtime_ns, {columns} FROM features").fetchall()
         namespaces = new.execute("SELECT * FROM namespaces").fetchall()
     old = tmp_path / "old" / "features.sqlite"
     old.parent.mkdir()
     with sqlite3.connect(old) as connection:
-        for statement in (*store_file._MIGRATIONS[0], "PRAGMA user_version = 1"):
+        for statement in (*schema.MIGRATIONS[0], "PRAGMA user_version = 1"):
             connection.execute(statement)
         connection.executemany("INSERT INTO namespaces VALUES (?, ?, ?, ?)", namespaces)
         connection.executemany("INSERT INTO features VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
     assert warm_up(tmp_path / "imgs", (), {"encoder": "descriptor", "cache_dir": str(old.parent)}, show_progress=False).hits == 3
     with sqlite3.connect(old) as connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (len(store_file._MIGRATIONS),)
+        assert connection.execute("PRAGMA user_version").fetchone() == (len(schema.MIGRATIONS),)
 
 
 # Release

@@ -61,8 +61,13 @@ def _date(seconds: float | None) -> str:
         return "-"
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-    except (TypeError, ValueError, OverflowError, OSError):  # a damaged row holds anything
-        return repr(seconds)[:40]
+    except (OverflowError, ValueError, OSError, TypeError):  # of a damaged row
+        return f"no date: {seconds!r}"
+
+
+def _plain(text: object) -> str:
+    """Return a text out of a store for a terminal: what could steer it is written out."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))
 
 
 def _say(arguments: argparse.Namespace, facts: dict[str, Any], *lines: str) -> None:
@@ -78,7 +83,9 @@ def _stats(arguments: argparse.Namespace) -> int:
         facts = {"store": str(file.path), "file_bytes": size, "features": sum(space.count for space in spaces)}
         lines = [f"{file.path}: {facts['features']} features, {size / 1e6:.1f} MB on disk"]
         for space in spaces:
-            lines.append(f"{space.fingerprint}: {space.count} features of width {space.width}, {space.bytes / 1e6:.1f} MB, {space.notes} notes")
+            lines.append(
+                f"{_plain(space.fingerprint)}: {space.count} features of width {space.width}, {space.bytes / 1e6:.1f} MB, {space.notes} notes"
+            )
             lines.append(f"  written {_date(space.first)} to {_date(space.last)}")
             lines.append(f"  {json.dumps(space.facts, sort_keys=True)}")
     _say(arguments, {**facts, "namespaces": [asdict(space) for space in spaces]}, *lines)
@@ -91,8 +98,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     with opened(_cache_dir(arguments)) as file:
         found = verify(file)
         lines = [f"{file.path}: {found.checked} features checked, {len(found.damaged)} damaged"]
-        lines += [f"  DAMAGED {key!r} in {fingerprint}: it is encoded again when it is next needed" for fingerprint, key in found.damaged]
-        lines += [f"  PROBLEM {problem}" for problem in found.problems]
+        lines += [f"  DAMAGED {key!r} in {_plain(fingerprint)}: it is encoded again when it is next needed" for fingerprint, key in found.damaged]
+        lines += [f"  PROBLEM {_plain(problem)}" for problem in found.problems]
         _say(arguments, {"store": str(file.path), "is_sound": found.is_sound, **asdict(found)}, *lines)
     return 0 if found.is_sound else 1
 
@@ -121,7 +128,9 @@ def _prune(arguments: argparse.Namespace) -> int:
     with opened(_cache_dir(arguments)) as file:
         going = prune(file, drop=arguments.namespace, keep=arguments.keep, dry_run=arguments.dry_run)
         word = "would delete" if arguments.dry_run else "deleted"
-        lines = [f"{word} {space.fingerprint}: {space.count} features, {space.bytes / 1e6:.1f} MB" for space in going] or ["nothing to delete"]
+        lines = [f"{word} {_plain(space.fingerprint)}: {space.count} features, {space.bytes / 1e6:.1f} MB" for space in going] or [
+            "nothing to delete"
+        ]
         facts = {"store": str(file.path), "is_dry_run": arguments.dry_run, "namespaces": [asdict(space) for space in going]}
     _say(arguments, facts, *lines)
     return 0
@@ -159,6 +168,6 @@ def _show(arguments: argparse.Namespace) -> int:
             print(f"no feature under {arguments.key!r} in {file.path}; keys that contain it: {alike}", file=sys.stderr)
     lines = []
     for entry in found:
-        lines += [f"{name + ':':<12}{_date(value) if name == 'created' else value}" for name, value in entry.items()]
+        lines += [f"{name + ':':<12}{_date(value) if name == 'created' else _plain(value)}" for name, value in entry.items()]
     _say(arguments, {"entries": found}, *lines)
     return 0 if found else 1

@@ -20,13 +20,15 @@ from torch import Tensor
 from vlmfilm_plugin.encoders.base import Encoder, encode_annotated
 from vlmfilm_plugin.encoders.determinism import prove_deterministic
 from vlmfilm_plugin.encoders.registry import build_encoder
-from vlmfilm_plugin.errors import FeatureError, MissingFeatureError, StoreError
+from vlmfilm_plugin.errors import FeatureError, MissingFeatureError
 from vlmfilm_plugin.features.batch_names import RowNames
 from vlmfilm_plugin.features.cache_key import content_keys, path_key, sample_keys
 from vlmfilm_plugin.features.images import from_array, from_tensor, read_image
+from vlmfilm_plugin.features.recurrence import Recurrence
 from vlmfilm_plugin.features.samples import CacheStats, ImageId, Sample
-from vlmfilm_plugin.features.store.protocol import SourceStamp, Store, StoredFeature, place_of
+from vlmfilm_plugin.features.store.protocol import SourceStamp, Store, StoredFeature
 from vlmfilm_plugin.features.store.registry import open_store
+from vlmfilm_plugin.features.stored import StoredFeatures, current
 from vlmfilm_plugin.features.value_range import LOOKED_AT, refuse_narrow_range, siblings
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.settings.record import Settings
@@ -62,7 +64,8 @@ class FeatureProvider:
         self._is_range_known = False
         self._memory: OrderedDict[ImageId, StoredFeature] = OrderedDict()
         self._lock = threading.RLock()
-        self._is_writable = True
+        self._stored = StoredFeatures(encoder, store)
+        self._recurrence = Recurrence()
 
     @classmethod
     def from_settings(cls, settings: Settings) -> FeatureProvider:
@@ -139,8 +142,13 @@ class FeatureProvider:
             film_logger().info("[VLM] cache_key_example: %s", key)
             film_logger().info("[VLM] cache_key_source: %s", source)
 
-    def get(self, samples: Sequence[Sample]) -> Tensor:
-        """Return the features (N, F) of samples, row i of sample i: float32, CPU."""
+    def get(self, samples: Sequence[Sample], *, is_train: bool = False, step: int | None = None) -> Tensor:
+        """Return the features (N, F) of samples, row i of sample i: float32, CPU.
+
+        Args:
+            is_train: the feature of an image without a file, which may be a random crop, is stored only once another step asks for it.
+            step: the training step; None where nobody counts them.
+        """
         with self._lock:
             images = [sample.image for sample in samples]
             wanted = dict(zip(images, samples, strict=True))
@@ -151,7 +159,9 @@ class FeatureProvider:
             if len(found) < len(wanted):
                 missing = [sample for image, sample in wanted.items() if image not in found]
                 missed = {sample.image for sample in missing}
-                found |= self._encode(missing)
+                found |= self._encode(missing, is_train, step)
+            if self._recurrence.steps:
+                self._store_what_comes_back(found, wanted, in_memory, step)
             is_hit = [image in in_memory for image in images]
             is_miss = [image in missed for image in images]
             self.stats.total += len(samples)
@@ -168,7 +178,7 @@ class FeatureProvider:
         Raises:
             ImageReadError: the file of a stored feature cannot be read.
         """
-        return set(self._stored({sample.image: sample for sample in samples}))
+        return set(self._stored.find({sample.image: sample for sample in samples}))
 
     def enter_epoch(self, epoch: int | None) -> None:
         """Note that a training batch of `epoch` begins: after an epoch without a miss, validation included, the encoder leaves memory.
@@ -184,11 +194,14 @@ class FeatureProvider:
                 film_logger().info("[VLM] encoder released: %s; epoch %d needed no encoding", name, self._epoch)
             self._epoch, self._missed_before_epoch = epoch, self.stats.miss
 
-    def of_images(self, images: Sequence[Any]) -> Tensor:
+    def of_images(self, images: Sequence[Any], *, is_train: bool = False) -> Tensor:
         """Return the features (N, F) of PIL images, paths or arrays: what is stored for a path's file, whatever it is called there, and
         for pixels.
+
+        Args:
+            is_train: as for `get`.
         """
-        return self.get([self._sample_of(image) for image in images])
+        return self.get([self._sample_of(image) for image in images], is_train=is_train)
 
     def _sample_of(self, image: Any) -> Sample:
         if isinstance(image, str | os.PathLike):
@@ -197,6 +210,10 @@ class FeatureProvider:
             return Sample(path_key(path, "unknown", self.dataset_root), path, lambda: read_image(path))
         picture = from_array(image)
         return Sample(content_keys(np.asarray(picture)[None], ["image"])[0], None, lambda: picture)
+
+    def fits(self, stored: StoredFeature) -> bool:
+        """Tell whether a stored feature has the width of the encoder's."""
+        return self._stored.fits(stored)
 
     def note_of(self, sample: Sample) -> str | None:
         """Return the note of a feature that is in memory (a generated text, answers), or None."""
@@ -207,68 +224,17 @@ class FeatureProvider:
         found = {}
         for image in wanted:
             stored = self._memory.get(image)
-            if stored is not None and (current := _current((stored,), image)) is not None:
-                found[image] = current
+            if stored is not None and (now := current((stored,), image)) is not None:
+                found[image] = now
         self._remember(found)
         return found
 
     def _from_store(self, wanted: Mapping[ImageId, Sample]) -> dict[ImageId, StoredFeature]:
-        found = self._stored(wanted)
+        found = self._stored.find(wanted)
         self._remember(found)
         return found
 
-    def _stored(self, wanted: Mapping[ImageId, Sample]) -> dict[ImageId, StoredFeature]:
-        """Return what the store holds of these images: by key, then, of files that their key does not find, by content."""
-        by_key: dict[str, list[StoredFeature]] = {}
-        for row in self.store.rows(self.encoder.identity, [sample.key for sample in wanted.values()]):
-            by_key.setdefault(row.key, []).append(row)
-        found: dict[ImageId, StoredFeature] = {}
-        elsewhere: dict[ImageId, int] = {}
-        for image, sample in wanted.items():
-            rows = by_key.get(sample.key, [])
-            current = _current(rows, image)
-            if current is not None and self._fits(current):
-                found[image] = current
-            elif current is None and sample.path is not None and sample.path.is_file():
-                elsewhere[image] = sample.path.stat().st_size
-                if rows:
-                    _logger.info("the file behind %s is not the one that a feature of this key was made from: %s", sample.key, sample.path)
-        if elsewhere:
-            found |= self._of_content({image: wanted[image] for image in self._of_known_size(elsewhere)})
-        return found
-
-    def _of_known_size(self, sizes: Mapping[ImageId, int]) -> list[ImageId]:
-        """Return the images whose files may have been stored under another key: any other file need not be read to know that it was not."""
-        known = self.store.known_sizes(self.encoder.identity, list(sizes.values()))
-        return [image for image, size in sizes.items() if size in known]
-
-    def _of_content(self, wanted: Mapping[ImageId, Sample]) -> dict[ImageId, StoredFeature]:
-        """Return features of files with the same content under other keys, and store them under the keys that were asked for.
-
-        So what was stored under a name that is spelt another way (relative, linked, by another version of this package) is used, and found
-        by its key from then on.
-        """
-        stamps = {image: SourceStamp.of(sample.path) for image, sample in wanted.items() if sample.path is not None}
-        rows = self.store.rows_of_content(self.encoder.identity, list(stamps.values())) if stamps else []
-        known = {row.stamp.digest: row for row in rows if row.stamp is not None and self._fits(row)}
-        found = {image: known[stamp.digest]._replace(key=wanted[image].key, stamp=stamp) for image, stamp in stamps.items() if stamp.digest in known}
-        if found and self._is_writable:
-            try:
-                self.store.write(self.encoder.identity, found.values())
-            except StoreError as error:
-                # On a read-only mount what is there can be used all the same; the files are read again in the next run.
-                self._is_writable = False
-                _logger.warning("features found by content are not stored under their new keys: %s", error)
-        return found
-
-    def _fits(self, stored: StoredFeature) -> bool:
-        if stored.feature.shape == (self.encoder.feature_dim,):
-            return True
-        width, shape = self.encoder.feature_dim, stored.feature.shape
-        _logger.warning("the stored feature of %s has shape %s, expected (%d,); it is encoded again", stored.key, shape, width)
-        return False
-
-    def _encode(self, samples: Sequence[Sample]) -> dict[ImageId, StoredFeature]:
+    def _encode(self, samples: Sequence[Sample], is_train: bool, step: int | None) -> dict[ImageId, StoredFeature]:
         if self.on_missing == "error":
             raise MissingFeatureError(
                 "cannot condition this batch: features are missing from the store",
@@ -277,10 +243,21 @@ class FeatureProvider:
             )
         # Stamp before reading: a file replaced in between is then noticed at the next look.
         stamps = [sample.stamp if sample.path is None else SourceStamp.of(sample.path) for sample in samples]
-        rows = self.encode(samples, stamps, [sample.load() for sample in samples])
+        rows = self._compute(samples, stamps, [sample.load() for sample in samples])
         encoded = {sample.image: row for sample, row in zip(samples, rows, strict=True)}
+        once = {sample.image for sample in samples if is_train and sample.path is None and not self._recurrence.comes_back(sample.image, step)}
+        for image in once:
+            self._recurrence.note(image, step)
+        self._write({image: row for image, row in encoded.items() if image not in once})
+        encoded = {image: self._rounded(row) for image, row in encoded.items()}
         self._remember(encoded)
         return encoded
+
+    def _store_what_comes_back(
+        self, found: Mapping[ImageId, StoredFeature], wanted: Mapping[ImageId, Sample], in_memory: set[ImageId], step: int | None
+    ) -> None:
+        back = [image for image, sample in wanted.items() if sample.path is None and image in in_memory and self._recurrence.comes_back(image, step)]
+        self._write({image: found[image] for image in back})
 
     def encode(self, samples: Sequence[Sample], stamps: Sequence[SourceStamp | None], pictures: Sequence[Image]) -> list[StoredFeature]:
         """Encode pictures that were read already and store their features in one transaction; nothing is looked up.
@@ -291,6 +268,11 @@ class FeatureProvider:
         Returns:
             One row a sample, its feature (F,) as the store reads it back.
         """
+        rows = self._compute(samples, stamps, pictures)
+        self.store.write(self.encoder.identity, rows)
+        return [self._rounded(row) for row in rows]
+
+    def _compute(self, samples: Sequence[Sample], stamps: Sequence[SourceStamp | None], pictures: Sequence[Image]) -> list[StoredFeature]:
         # The host may be in inference mode (validation) and has its own random stream: neither may reach the encoder.
         cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=cuda):
@@ -301,11 +283,17 @@ class FeatureProvider:
                 self._is_proven = True
         arrays = features.detach().to("cpu", torch.float32).numpy()
         notes: Sequence[str | None] = given if given is not None else [None] * len(samples)
-        rows = [StoredFeature(sample.key, array, stamp, note) for sample, array, stamp, note in zip(samples, arrays, stamps, notes, strict=True)]
-        self.store.write(self.encoder.identity, rows)
+        return [StoredFeature(sample.key, array, stamp, note) for sample, array, stamp, note in zip(samples, arrays, stamps, notes, strict=True)]
+
+    def _write(self, rows: Mapping[ImageId, StoredFeature]) -> None:
+        if rows:
+            self.store.write(self.encoder.identity, rows.values())
+        for image in rows:
+            self._recurrence.forget(image)
+
+    def _rounded(self, row: StoredFeature) -> StoredFeature:
         # What the store rounds (float16) is rounded from the first use on, so that a run is the same with a full and an empty store.
-        dtype = np.dtype(self.store.embedding_dtype)
-        return [row._replace(feature=row.feature.astype(dtype)) for row in rows]
+        return row._replace(feature=row.feature.astype(np.dtype(self.store.embedding_dtype)))
 
     def _remember(self, rows: Mapping[ImageId, StoredFeature]) -> None:
         for image, row in rows.items():
@@ -319,38 +307,6 @@ def stack(rows: Sequence[StoredFeature]) -> Tensor:
     """Return the features (N, F) of N > 0 rows of one width: float32, CPU, memory of their own."""
     # By torch: NumPy takes three times as long from float16 to float32.
     return torch.from_numpy(np.stack([row.feature for row in rows])).float()
-
-
-def _current(rows: Sequence[StoredFeature], image: ImageId) -> StoredFeature | None:
-    """Return the row that was made from the very file of an image (by place, size and time, else by content), or None.
-
-    Of an image without a file: the row of the same stamped pixels, else one that was made from no file.
-    """
-    if not rows:
-        return None
-    _, path, digest = image
-    if path is None:
-        return next((row for row in reversed(rows) if (None if row.stamp is None else row.stamp.digest) == digest), None)
-    try:
-        status = os.stat(path)
-    except OSError:
-        SourceStamp.of(path)  # raises with the path and a fix
-        raise
-    place = place_of(path)
-    candidates: list[tuple[StoredFeature, str]] = []
-    for row in rows[::-1]:
-        stamp = row.stamp
-        if stamp is None or stamp.size != status.st_size:
-            continue
-        if stamp.place == place and stamp.mtime_ns == status.st_mtime_ns:
-            return row
-        candidates.append((row, stamp.digest))
-    if not candidates:
-        return None
-    now = SourceStamp.of(path)
-    # A copied data set: same bytes, other time or place. Remember the new ones, or every step would read the file again.
-    same = [row for row, digest in candidates if digest == now.digest]
-    return same[0]._replace(stamp=now) if same else None
 
 
 def check_features(features: Tensor, feature_dim: int, keys: Sequence[str] | None = None) -> None:

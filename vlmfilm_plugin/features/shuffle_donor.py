@@ -16,7 +16,7 @@ from vlmfilm_plugin.features.images import read_image
 from vlmfilm_plugin.features.provider import FeatureProvider, stack
 from vlmfilm_plugin.features.samples import Sample
 from vlmfilm_plugin.features.shuffle import Shuffle, Split, distances_of, images_of
-from vlmfilm_plugin.features.store.protocol import SourceStamp
+from vlmfilm_plugin.features.store.protocol import SourceStamp, place_of
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 
 # Key and feature (F,) of another image.
@@ -76,7 +76,7 @@ class ShuffleDonors:
         self._provider, self._shuffle, self._data_sets = provider, shuffle, data_sets
         self._stored: list[str] | None = None
         self._splits: dict[str, Split] = {}
-        self._digests: dict[Path, tuple[int, int, str]] = {}
+        self._stamps: dict[Path, SourceStamp] = {}
         self._distant: dict[str, Donor] = {}
 
     @property
@@ -161,7 +161,7 @@ class ShuffleDonors:
         def others() -> Iterator[tuple[Sequence[str], Callable[[], Donor]]]:
             for key in self._shuffle.donors(sample.key, self._draw_at(step), self._split_of(sample.key)):
                 for row in store.rows(identity, [key]):
-                    if digest is None or row.stamp is None or row.stamp.digest != digest:
+                    if (digest is None or row.stamp is None or row.stamp.digest != digest) and self._provider.fits(row):
                         yield (key,), lambda key=key, row=row: (key, stack([row])[0])  # type: ignore[misc]
 
         own_names = (sample.key, str(sample.path or ""))
@@ -189,12 +189,10 @@ class ShuffleDonors:
         return path != other and (path.stat().st_size != other.stat().st_size or self._digest(path) != self._digest(other))
 
     def _digest(self, path: Path) -> str:
-        status = os.stat(path)
-        known = self._digests.get(path)
-        if known is None or known[:2] != (status.st_size, status.st_mtime_ns):
-            stamp = SourceStamp.of(path)
-            known = self._digests[path] = (stamp.size, stamp.mtime_ns, stamp.digest)
-        return known[2]
+        known = self._stamps.get(path)
+        if known is None or not known.is_of(os.stat(path), place_of(path)):
+            known = self._stamps[path] = SourceStamp.of(path)
+        return known.digest
 
 
 def key_like(sample: Sample, own_name: str, name: str, path: Path, dataset_root: str | None) -> str:

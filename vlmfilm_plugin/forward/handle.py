@@ -99,7 +99,7 @@ class FilmHandle:
             provider, images = self._feature_provider(), list(images or ())
             if is_training:
                 provider.check_range([Path(image) for image in images if isinstance(image, str | os.PathLike)])
-            features = provider.of_images(images)
+            features = provider.of_images(images, is_train=is_training)
         check_features(features, self.feature_dim)
         return features
 

@@ -98,7 +98,7 @@ class FeatureLookup:
             features, used = feature.expand(len(samples), -1), [held] * len(samples)
         else:
             used = [samples[row] for row in choice.rows]
-            features = self.provider.get(used)
+            features = self.provider.get(used, is_train=is_train, step=step)
             if is_train and self.strategy.batch_strategy != "per_sample":
                 # Without its pixels, which nobody asks for again.
                 self.held = replace(used[0], load=_not_kept), features[:1].clone()

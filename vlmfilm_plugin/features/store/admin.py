@@ -5,8 +5,8 @@ Works on the file alone: no encoder, no torch. A store that does not exist is ne
 
 from __future__ import annotations
 
-import json
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from vlmfilm_plugin.errors import StoreError
-from vlmfilm_plugin.features.store.rows import COLUMNS, Row, decode, is_facts_of, key_to_bytes, key_to_text, stamp_of
-from vlmfilm_plugin.features.store.sqlite_file import FILE_NAME, StoreFile, transaction
+from vlmfilm_plugin.features.store import scan
+from vlmfilm_plugin.features.store.rows import COLUMNS, Row, decode, facts_in, is_facts_of, key_to_bytes, key_to_text, stamp_of
+from vlmfilm_plugin.features.store.scan import NamespaceRow
+from vlmfilm_plugin.features.store.sqlite_file import FILE_NAME, StoreFile
 from vlmfilm_plugin.features.store.store import insert_rows
 
 TIMEOUT_S = 30.0
-ROWS = 256  # a transaction, or a step of a scan
 
 
 @contextmanager
@@ -61,13 +62,46 @@ class Namespace:
 
 def stats(file: StoreFile) -> list[Namespace]:
     """Return every namespace of a store."""
-    statement = (
-        "SELECT fingerprint, facts, count(features.key), coalesce(sum(length(data)), 0), min(width), count(note), namespaces.created,"
-        " min(features.created), max(features.created) FROM namespaces LEFT JOIN features ON namespace = namespaces.id"
-        " GROUP BY namespaces.id ORDER BY namespaces.id"
-    )
     with file.use("read") as connection:
-        return [Namespace(str(fingerprint), _facts(facts), *figures) for fingerprint, facts, *figures in connection.execute(statement)]
+        counts: dict[object, _Count] = {}
+        for summary in scan.summaries(connection):
+            counts.setdefault(summary.namespace, _Count()).add(summary)
+        return [counts.get(space.id, _Count()).of(space) for space in scan.namespaces(connection)]
+
+
+class _Count:
+    """What the rows of one namespace add up to."""
+
+    def __init__(self) -> None:
+        self.widths: Counter[int] = Counter()
+        self.dates: tuple[float, float] | None = None
+        self.rows = self.bytes = self.notes = 0
+
+    def add(self, row: scan.Summary) -> None:
+        self.rows += 1
+        self.bytes += row.bytes if isinstance(row.bytes, int) else 0
+        self.notes += row.has_note
+        if isinstance(row.width, int):
+            self.widths[row.width] += 1
+        if isinstance(row.created, float):
+            first, last = self.dates or (row.created, row.created)
+            self.dates = min(first, row.created), max(last, row.created)
+
+    def of(self, space: NamespaceRow) -> Namespace:
+        first, last = self.dates or (None, None)
+        width = next((width for width, _ in self.widths.most_common(1)), None)
+        facts = facts_in(space.facts)
+        return Namespace(
+            fingerprint=space.fingerprint,
+            facts=facts,
+            count=self.rows,
+            bytes=self.bytes,
+            width=width,
+            notes=self.notes,
+            created=space.created,
+            first=first,
+            last=last,
+        )
 
 
 @dataclass
@@ -85,24 +119,26 @@ class Verification:
 
 
 def verify(file: StoreFile) -> Verification:
-    """Check the file's structure, every namespace's fingerprint, and every row's checksum."""
+    """Check the file's structure, every namespace's fingerprint, and every row: its checksum, its values, its width."""
     found = Verification()
     with file.use("verify") as connection:
         try:
-            found.problems += [text for (text,) in connection.execute("PRAGMA integrity_check(20)") if text != "ok"]
+            found.problems += [str(text) for (text,) in connection.execute("PRAGMA integrity_check(20)") if text != "ok"]
             statement = "SELECT count(*) FROM features WHERE namespace NOT IN (SELECT id FROM namespaces)"
             (orphans,) = connection.execute(statement).fetchone()
             if orphans:
                 found.problems.append(f"{orphans} features belong to no namespace")
-            for identifier, fingerprint, facts in _namespaces(connection):
-                if not is_facts_of(facts, fingerprint):
-                    found.problems.append(f"namespace {fingerprint}: its facts do not give its fingerprint")
-                for row in _rows(connection, identifier):
+            for space in scan.namespaces(connection):
+                if not is_facts_of(space.facts, space.fingerprint):
+                    found.problems.append(f"namespace {space.fingerprint}: its facts do not give its fingerprint")
+                width = scan.width_of(connection, space.id)
+                for row in scan.rows(connection, space.id):
                     found.checked += 1
-                    if decode(row, fingerprint) is None:
-                        found.damaged.append((fingerprint, key_to_text(row.key)))
-        except sqlite3.DatabaseError as error:
+                    if row.width != width or decode(row, space.fingerprint) is None:
+                        found.damaged.append((space.fingerprint, key_to_text(row.key)))
+        except sqlite3.Error as error:
             found.problems.append(f"SQLite said: {error}")
+    found.damaged.sort()
     return found
 
 
@@ -123,22 +159,26 @@ def merge(source: StoreFile, target: StoreFile, done: Merged) -> None:
         FeatureError: a namespace holds another width in the target.
     """
     with source.use("read") as reading:
-        for identifier, fingerprint, facts in _namespaces(reading):
-            for rows in _chunks(_rows(reading, identifier)):
-                put(target, fingerprint, facts, rows, done)
+        for space in scan.namespaces(reading):
+            width = scan.width_of(reading, space.id)
+            for chunk in _chunks(scan.rows(reading, space.id)):
+                sound = [row for row in chunk if row.width == width]
+                done.damaged += len(chunk) - len(sound)
+                put(target, space.fingerprint, space.facts, sound, done)
 
 
 def put(target: StoreFile, fingerprint: str, facts: str, rows: Sequence[Row], done: Merged) -> None:
     """Write rows of one namespace in one transaction, the newer of two with one key and content; count into `done`."""
     sound = [row for row in rows if decode(row, fingerprint) is not None and is_facts_of(facts, fingerprint)]
     done.damaged += len(rows) - len(sound)
-    statement = "SELECT features.created FROM features JOIN namespaces ON namespace = namespaces.id"
-    statement += " WHERE fingerprint = ? AND key = ? AND source_digest = ?"
-    with target.use("write") as writing, transaction(writing):
+    statement = f"SELECT {COLUMNS} FROM features WHERE namespace = (SELECT id FROM namespaces WHERE fingerprint = ?)"
+    statement += " AND key = ? AND source_digest = ?"
+    with target.writing("write") as writing:
         wanted = []
         for row in sound:
-            there = [created for (created,) in writing.execute(statement, (fingerprint, row.key, row.source_digest))]
-            if there and there[0] >= row.created:
+            there = [Row._make(held) for held in writing.execute(statement, (fingerprint, row.key, row.source_digest))]
+            # A damaged one must not stop its own repair, whatever its date says.
+            if any(held.created >= row.created for held in there if decode(held, fingerprint) is not None):
                 done.kept += 1
                 continue
             done.replaced += bool(there)
@@ -163,12 +203,12 @@ def prune(file: StoreFile, *, drop: Sequence[str] = (), keep: Sequence[str] = ()
     going = [space for space in spaces if (space.fingerprint in named) == bool(drop)] if named else []
     if dry_run or not going:
         return going
+    with file.writing("prune") as connection:
+        for space in going:
+            condition = "(SELECT id FROM namespaces WHERE fingerprint = ?)"
+            connection.execute(f"DELETE FROM features WHERE namespace = {condition}", (space.fingerprint,))
+            connection.execute("DELETE FROM namespaces WHERE fingerprint = ?", (space.fingerprint,))
     with file.use("prune") as connection:
-        with transaction(connection):
-            for space in going:
-                condition = "(SELECT id FROM namespaces WHERE fingerprint = ?)"
-                connection.execute(f"DELETE FROM features WHERE namespace = {condition}", (space.fingerprint,))
-                connection.execute("DELETE FROM namespaces WHERE fingerprint = ?", (space.fingerprint,))
         connection.execute("VACUUM")
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     return going
@@ -191,12 +231,12 @@ def show(file: StoreFile, key: str, namespace: str | None = None) -> list[dict[s
     """Return what the store knows of a key, one entry for each namespace and content that has it, the oldest first."""
     result = []
     with file.use("read") as connection:
-        for identifier, fingerprint, facts in _namespaces(connection):
-            if namespace is not None and not fingerprint.startswith(namespace):
+        for space in scan.namespaces(connection):
+            if namespace is not None and not space.fingerprint.startswith(namespace):
                 continue
             statement = f"SELECT {COLUMNS} FROM features WHERE namespace = ? AND key = ? ORDER BY features.created"
-            for row in map(Row._make, connection.execute(statement, (identifier, key_to_bytes(key))).fetchall()):
-                result.append({"key": key, "namespace": fingerprint, "facts": _facts(facts), **_described(row, fingerprint)})
+            for row in map(Row._make, connection.execute(statement, (space.id, key_to_bytes(key))).fetchall()):
+                result.append({"key": key, "namespace": space.fingerprint, "facts": facts_in(space.facts), **_described(row, space.fingerprint)})
     return result
 
 
@@ -223,45 +263,12 @@ def similar_keys(file: StoreFile, text: str, limit: int = 5) -> list[str]:
     return [key_to_text(key) for (key,) in rows]
 
 
-def _namespaces(connection: sqlite3.Connection) -> list[tuple[int, str, str]]:
-    # A damaged name may be bytes.
-    return [(number, str(name), facts) for number, name, facts in connection.execute("SELECT id, fingerprint, facts FROM namespaces ORDER BY id")]
-
-
-def _rows(connection: sqlite3.Connection, namespace: int) -> Iterator[Row]:
-    """Yield rows in key order, a step at a time: no cursor stays open while the caller writes."""
-    start: tuple[object, ...] = ()
-    while True:
-        condition = "AND (key, source_digest) > (?, ?)" if start else ""
-        statement = f"SELECT {COLUMNS} FROM features WHERE namespace = ? {condition} ORDER BY key, source_digest LIMIT {ROWS}"
-        rows = [Row._make(row) for row in connection.execute(statement, (namespace, *start))]
-        yield from rows
-        if len(rows) < ROWS:
-            return
-        *_, last = rows
-        start = (last.key, last.source_digest)
-
-
-def rows_of(connection: sqlite3.Connection, fingerprint: str) -> tuple[str, Iterator[Row]]:
-    """Return a namespace's facts as they are stored, and its rows in key order."""
-    identifier, facts = next((identifier, facts) for identifier, name, facts in _namespaces(connection) if name == fingerprint)
-    return facts, _rows(connection, identifier)
-
-
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
     chunk: list[Row] = []
     for row in rows:
         chunk.append(row)
-        if len(chunk) == ROWS:
+        if len(chunk) == scan.STEP:
             yield chunk
             chunk = []
     if chunk:
         yield chunk
-
-
-def _facts(text: object) -> dict[str, Any]:
-    try:
-        facts = json.loads(text) if isinstance(text, str) else None
-    except (ValueError, RecursionError):
-        facts = None
-    return facts if isinstance(facts, dict) else {"unreadable": str(text)[:200]}

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import stat
+import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -20,17 +21,27 @@ if TYPE_CHECKING:
     from vlmfilm_plugin.encoders.base import EncoderIdentity
 
 
+# What SQLite holds of the number of an inode; some file systems use more.
+INODE_BITS = (1 << 63) - 1
+# A write this soon after another may leave all times of a file as they were; coarse file systems count whole seconds.
+_TICK_NS, _COARSE_TICK_NS = 50_000_000, 2_000_000_000
+
+
 # Named tuples: eight of each are made for every batch, and frozen dataclasses take twice as long.
 class SourceStamp(NamedTuple):
-    """What a source file was when its feature was made: bytes, modification time in ns, blake2b-128 of the content, and its place.
+    """What a source file was when its feature was made: bytes, modification time in ns, blake2b-128 of the content, its place, and its inode.
 
-    The place names the absolute path: two files of one name, size and time are told apart by it without being read.
+    The place names the absolute path: two files of one name, size and time are told apart by it without being read. A modification time can
+    be set back, as copying tools do; the time of the inode's last change cannot. It is None where it proves nothing: the file had been
+    written too lately, or an earlier version of this package stored the stamp.
     """
 
     size: int
     mtime_ns: int
     digest: str
     place: str | None = None
+    ctime_ns: int | None = None
+    inode: int | None = None
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> SourceStamp:
@@ -50,7 +61,19 @@ class SourceStamp(NamedTuple):
         except OSError as error:
             facts = {"file": path, "system said": error.strerror or str(error), "expected": "a readable file"}
             raise ImageReadError(f"cannot read image {path}", facts, "correct the path, or restore the file") from error
-        return cls(status.st_size, status.st_mtime_ns, state.hexdigest(), place_of(path))
+        is_settled = time.time_ns() - status.st_ctime_ns > (_TICK_NS if status.st_ctime_ns % 1_000_000_000 else _COARSE_TICK_NS)
+        changed = status.st_ctime_ns if is_settled else None
+        return cls(status.st_size, status.st_mtime_ns, state.hexdigest(), place_of(path), changed, status.st_ino & INODE_BITS)
+
+    def is_of(self, status: os.stat_result, place: str) -> bool:
+        """Tell whether the file at a place is, by its status alone, the very one that was stamped, unchanged."""
+        return (
+            self.mtime_ns == status.st_mtime_ns
+            and self.ctime_ns == status.st_ctime_ns
+            and self.size == status.st_size
+            and self.inode == status.st_ino & INODE_BITS
+            and self.place == place
+        )
 
 
 class StoredFeature(NamedTuple):
@@ -68,7 +91,8 @@ class Store(Protocol):
 
     A row is found by its cache key and the content of its source file: images of two data sets that share a name are both kept.
     A feature that is stored twice under one key and content is replaced. Features come back in `embedding_dtype`, rounded where they were
-    written in a wider one; what was written in a narrower one counts as absent. Safe for several processes and threads.
+    written in a wider one; what was written in a narrower one counts as absent. Safe for several processes and threads. A store may also
+    have `restamp(identity, rows)`, which notes the stamps of files that were found to be those of stored rows.
 
     Attributes:
         embedding_dtype: `float16` or `float32`.

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from vlmfilm_plugin.errors import StoreError
-from vlmfilm_plugin.features.store.admin import ROWS, Merged, Namespace, put, rows_of
-from vlmfilm_plugin.features.store.rows import Row, bound, checksum, decode, is_facts_of, key_to_bytes, key_to_text
+from vlmfilm_plugin.features.store import scan
+from vlmfilm_plugin.features.store.admin import Merged, Namespace, put
+from vlmfilm_plugin.features.store.rows import Row, checksum, checksum_of_first_version, decode, is_facts_of, key_to_bytes, key_to_text
 from vlmfilm_plugin.features.store.sqlite_file import StoreFile
 from vlmfilm_plugin.files import new_file, refuse_to_replace
 
@@ -37,16 +38,19 @@ def export(file: StoreFile, space: Namespace, path: str | os.PathLike[str], *, f
     what, store = "features", list(file.path.parent.glob(f"{glob.escape(file.path.name)}*"))
     refuse_to_replace(path, what, inputs=store, force=force, error=StoreError)
     with file.use("read") as connection:
-        facts, stored = rows_of(connection, space.fingerprint)
-        if not is_facts_of(facts, space.fingerprint):
-            found = {"namespace": space.fingerprint, "found": f"facts of another encoder, or none: {str(facts)[:100]}"}
+        stored = scan.namespace_of(connection, space.fingerprint)
+        if not is_facts_of(stored.facts, stored.fingerprint):
+            found = {"namespace": stored.fingerprint, "found": f"facts of another encoder, or none: {stored.facts[:100]}"}
             raise StoreError("cannot export: whose features these are is damaged", found, "encode the images again")
-        rows = [(row, feature) for row in stored if (feature := decode(row, space.fingerprint)) is not None]
+        name, facts, width = stored.fingerprint, stored.facts, scan.width_of(connection, stored.id)
+        held = ((row, decode(row, name)) for row in scan.rows(connection, stored.id) if row.width == width)
+        rows = sorted(((row, feature) for row, feature in held if feature is not None), key=lambda pair: (pair[0].key, pair[0].source_digest))
     if not rows:
         raise StoreError("cannot export: no sound feature in this namespace", {"namespace": space.fingerprint}, "choose another one")
     dtype = "<f4" if any(row.dtype == "float32" for row, _ in rows) else "<f2"
     features = np.stack([feature for _, feature in rows]).astype(dtype)
-    described = [_describe(row, feature.tobytes()) for (row, _), feature in zip(rows, features, strict=True)]
+    kept = {"<f4": "float32", "<f2": "float16"}[dtype]
+    described = [_describe(row._replace(dtype=kept, data=feature.tobytes()), name) for (row, _), feature in zip(rows, features, strict=True)]
     tensors = {"features": features, "rows": np.frombuffer(json.dumps(described).encode(), dtype=np.uint8)}
     data = save(tensors, metadata={"format": FORMAT, "fingerprint": space.fingerprint, "facts": facts})
     with new_file(path, what, inputs=store, force=force, error=StoreError) as exported:
@@ -65,15 +69,15 @@ def import_file(file: StoreFile, path: str | os.PathLike[str]) -> tuple[str, Mer
     try:
         features, described = tensors["features"], json.loads(tensors["rows"].tobytes())
         dtype = {"float16": "float16", "float32": "float32"}[str(features.dtype)]
-        rows = [_row(entry, feature, dtype, metadata["fingerprint"]) for entry, feature in zip(described, features, strict=True)]
         fingerprint, facts = metadata["fingerprint"], metadata["facts"]
+        rows = [_row(entry, feature, dtype, fingerprint) for entry, feature in zip(described, features, strict=True)]
         if not is_facts_of(facts, fingerprint):
             raise ValueError(f"facts that are not those of {fingerprint}")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise _not_ours(Path(path), f"{type(error).__name__}: {error}") from error
     done = Merged()
-    for start in range(0, len(rows), ROWS):
-        put(file, fingerprint, facts, rows[start : start + ROWS], done)
+    for start in range(0, len(rows), scan.STEP):
+        put(file, fingerprint, facts, rows[start : start + scan.STEP], done)
     return fingerprint, done
 
 
@@ -91,17 +95,17 @@ def _load(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     return metadata, tensors
 
 
-def _describe(row: Row, data: bytes) -> dict[str, Any]:
+def _describe(row: Row, fingerprint: str) -> dict[str, Any]:
     # Digest and place in one text, as the first files of this format have it.
     digest = row.source_digest if row.source_place is None else f"{row.source_digest}@{row.source_place}"
     stamp = [row.source_size, row.source_mtime_ns, digest] if digest else None
-    return {"key": key_to_text(row.key), "stamp": stamp, "note": row.note, "created": row.created, "checksum": checksum(row.key, data, row.note)}
+    return {"key": key_to_text(row.key), "stamp": stamp, "note": row.note, "created": row.created, "checksum": checksum(row, fingerprint)}
 
 
 def _row(entry: dict[str, Any], feature: np.ndarray[Any, Any], dtype: str, fingerprint: str) -> Row:
     size, mtime_ns, text = entry["stamp"] or (None, None, "")
     digest, _, place = text.partition("@")
-    return Row(
+    row = Row(
         key=key_to_bytes(entry["key"]),
         source_size=size,
         source_mtime_ns=mtime_ns,
@@ -110,10 +114,15 @@ def _row(entry: dict[str, Any], feature: np.ndarray[Any, Any], dtype: str, finge
         dtype=dtype,
         width=feature.size,
         data=feature.tobytes(),
-        checksum=bound(entry["checksum"], fingerprint),
+        checksum=entry["checksum"],
         created=float(entry["created"]),
         note=entry["note"],
+        # Of another machine, or of a time when the file was another.
+        source_ctime_ns=None,
+        source_inode=None,
     )
+    is_old = row.checksum == checksum_of_first_version(row.key, row.data, row.note)
+    return row._replace(checksum=checksum(row, fingerprint)) if is_old else row
 
 
 def _not_ours(path: Path, found: str) -> StoreError:

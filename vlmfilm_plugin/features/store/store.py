@@ -18,8 +18,8 @@ import numpy as np
 
 from vlmfilm_plugin.errors import FeatureError, StoreError
 from vlmfilm_plugin.features.store.protocol import SourceStamp, StoredFeature
-from vlmfilm_plugin.features.store.rows import COLUMNS, DTYPES, Row, decode, encode, key_to_bytes, key_to_text
-from vlmfilm_plugin.features.store.sqlite_file import FILE_NAME, StoreFile, transaction
+from vlmfilm_plugin.features.store.rows import COLUMNS, DTYPES, Row, decode_all, encode, key_to_bytes, key_to_text, stamp_of
+from vlmfilm_plugin.features.store.sqlite_file import FILE_NAME, StoreFile
 
 if TYPE_CHECKING:
     from vlmfilm_plugin.encoders.base import EncoderIdentity
@@ -29,12 +29,21 @@ logger = logging.getLogger("vlmfilm.store")
 _VALUES_PER_SELECT = 400  # of at most two variables; SQLite's old limit is 999 a statement
 _UPSERT = f"INSERT OR REPLACE INTO features (namespace, {COLUMNS}) VALUES (?{', ?' * len(Row._fields)})"
 _NAMESPACE = "INSERT OR IGNORE INTO namespaces (fingerprint, facts, created) VALUES (?, ?, ?)"
-# By fingerprint each time: ids are used again after a prune, so a remembered one might be another encoder's.
+# By fingerprint each time: a namespace may be deleted, and made anew with another id, while a process has the file open.
 _SELECT = f"SELECT {COLUMNS} FROM features WHERE namespace = (SELECT id FROM namespaces WHERE fingerprint = ?) AND "
 _HAS_SIZE = "SELECT 1 FROM features WHERE namespace = (SELECT id FROM namespaces WHERE fingerprint = ?) AND source_size = ? LIMIT 1"
 
-# The width of a namespace is that of any sound row; a damaged one must not stop its own repair.
-_WIDTH = "SELECT width FROM features WHERE namespace = ? AND length(data) = width * CASE dtype WHEN 'float16' THEN 2 ELSE 4 END LIMIT 1"
+_RESTAMP = (
+    "UPDATE features SET source_mtime_ns = ?, source_place = ?, source_ctime_ns = ?, source_inode = ? WHERE key = ? AND source_digest = ?"
+    " AND namespace = (SELECT id FROM namespaces WHERE fingerprint = ?)"
+)
+# The width of a namespace is that of any row that can be sound; where another is to be written, that of most of them: a damaged one must not
+# stop its own repair.
+_SOUND_WIDTHS = (
+    "FROM features WHERE namespace = ? AND typeof(width) = 'integer' AND length(data) = width * CASE dtype WHEN 'float16' THEN 2 ELSE 4 END"
+)
+_WIDTH = f"SELECT width {_SOUND_WIDTHS} LIMIT 1"
+_MOST_WIDTH = f"SELECT width {_SOUND_WIDTHS} GROUP BY width ORDER BY count(*) DESC LIMIT 1"
 
 
 class FeatureStore:
@@ -103,21 +112,22 @@ class FeatureStore:
 
     def _select(self, identity: EncoderIdentity, condition: str, mark: str, values: Sequence[tuple[object, ...]]) -> list[StoredFeature]:
         """Return rows under a condition whose braces stand for one mark a value."""
-        found: list[tuple[Row, str]] = []
+        found: list[tuple[float, StoredFeature]] = []
         # Today's name last: what was stored under it stands before what was stored under a former one.
         names = identity.fingerprints[::-1]
         with self._file.use("read") as connection:
             for name, start in ((name, start) for name in names for start in range(0, len(values), _VALUES_PER_SELECT)):
                 part = values[start : start + _VALUES_PER_SELECT]
                 statement = _SELECT + condition.format(",".join([mark] * len(part)))
-                rows = connection.execute(statement, (name, *[x for value in part for x in value]))
-                found += [(Row._make(row), name) for row in rows]
+                rows = list(map(Row._make, connection.execute(statement, (name, *[x for value in part for x in value]))))
+                for row, feature in zip(rows, decode_all(rows, name), strict=True):
+                    if (stored := self._stored(row, feature)) is not None:
+                        found.append((row.created, stored))
         if len(found) > len(values):
-            found.sort(key=lambda item: item[0].created if isinstance(item[0].created, float) else 0.0)
-        return [stored for row, name in found if (stored := self._stored(row, name)) is not None]
+            found.sort(key=lambda item: item[0])
+        return [stored for _, stored in found]
 
-    def _stored(self, row: Row, fingerprint: str) -> StoredFeature | None:
-        feature = decode(row, fingerprint)
+    def _stored(self, row: Row, feature: np.ndarray[Any, Any] | None) -> StoredFeature | None:
         if feature is None:
             logger.warning("[VLM] damaged feature left out: key %r in %s", key_to_text(row.key), self.path)
             return None
@@ -128,10 +138,7 @@ class FeatureStore:
             feature = _rounded(feature, self.embedding_dtype)
             if feature is None:
                 return None
-        digest = row.source_digest
-        # In place: this runs for every image of every batch.
-        stamp = SourceStamp(row.source_size, row.source_mtime_ns, digest, row.source_place) if digest else None  # type: ignore[arg-type]
-        return StoredFeature(row.key.decode("utf-8", "surrogatepass"), feature, stamp, row.note)
+        return StoredFeature(row.key.decode("utf-8", "surrogatepass"), feature, stamp_of(row), row.note)
 
     def write(self, identity: EncoderIdentity, rows: Iterable[StoredFeature]) -> None:
         """Store features in one transaction: all of them, or none. One of the same key and content is replaced.
@@ -140,12 +147,28 @@ class FeatureStore:
             FeatureError: NaN, infinity, a value that `embedding_dtype` cannot hold, or mixed widths.
             StoreError: the file cannot be written.
         """
-        encoded = [encode(row, self.embedding_dtype, identity.fingerprint) for row in rows]
+        fingerprint = identity.fingerprint
+        encoded = [encode(row, self.embedding_dtype, fingerprint) for row in rows]
         if not encoded:
             return
-        with self._file.use("write") as connection, transaction(connection):
+        with self._file.writing("write") as connection:
             facts = json.dumps(dict(identity.facts), sort_keys=True, default=str)
-            insert_rows(connection, identity.fingerprint, facts, encoded)
+            insert_rows(connection, fingerprint, facts, encoded)
+
+    def restamp(self, identity: EncoderIdentity, rows: Iterable[StoredFeature]) -> None:
+        """Note what the files of stored features are now: the same content, with other times, inode or place. Features are left as they are.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        changed = [
+            (stamp.mtime_ns, stamp.place, stamp.ctime_ns, stamp.inode, key_to_bytes(row.key), stamp.digest, name)
+            for row in rows
+            if (stamp := row.stamp) is not None
+            for name in identity.fingerprints
+        ]
+        with self._file.writing("write") as connection:
+            connection.executemany(_RESTAMP, changed)
 
     def keys(self, identity: EncoderIdentity) -> list[str]:
         """Return the keys stored for an identity, sorted, each once."""
@@ -174,8 +197,9 @@ def insert_rows(connection: sqlite3.Connection, fingerprint: str, facts: str, ro
     """
     connection.execute(_NAMESPACE, (fingerprint, facts, time.time()))
     (namespace,) = connection.execute("SELECT id FROM namespaces WHERE fingerprint = ?", (fingerprint,)).fetchone()
-    stored = connection.execute(_WIDTH, (namespace,)).fetchone()
-    (expected,) = stored or (rows[0].width,)
+    (expected,) = connection.execute(_WIDTH, (namespace,)).fetchone() or (rows[0].width,)
+    if any(row.width != expected for row in rows):
+        (expected,) = connection.execute(_MOST_WIDTH, (namespace,)).fetchone() or (rows[0].width,)
     for row in rows:
         if row.width != expected:
             found = {"key": repr(key_to_text(row.key)), "found": f"({row.width},)", "expected": f"({expected},)"}
