@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from vlmfilm_plugin.features.store.rows import Row, bound, checksum, checksum_of_first_version
@@ -90,7 +92,8 @@ class Found(NamedTuple):
 def look(connection: sqlite3.Connection) -> Found:
     """Tell what a file is, from its header and its schema; nothing of either is executed."""
     try:
-        application, version, held = _number(connection, "application_id"), _number(connection, "user_version"), _schema(connection)
+        with _one_moment(connection):
+            application, version, held = _number(connection, "application_id"), _number(connection, "user_version"), _schema(connection)
     except UnicodeDecodeError as error:
         # SQLite quotes a damaged schema in its message, and Python cannot read the message.
         raise sqlite3.DatabaseError("database disk image is malformed: its schema is no text") from error
@@ -108,6 +111,20 @@ def look(connection: sqlite3.Connection) -> Found:
         changed = ", ".join(sorted(held ^ known))[:200]
         return Found(version, f"a feature store that was changed by hand: {changed or f'version {version}'}")
     return Found(version, "a SQLite file of another program: " + (", ".join(sorted(held))[:200] or f"version {version}"))
+
+
+@contextmanager
+def _one_moment(connection: sqlite3.Connection) -> Iterator[None]:
+    """Read several things as they are at one moment: another process may make the store between two of them."""
+    if connection.in_transaction:
+        yield
+        return
+    connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
 
 
 def migrate(connection: sqlite3.Connection, version: int) -> None:
