@@ -38,7 +38,7 @@ class BatchFeatures:
     @property
     def is_without_file(self) -> bool:
         """Tell whether a sample has no untouched file, and was encoded as the host passed it."""
-        return not all(sample.path for sample in self.samples)
+        return None in [sample.path for sample in self.samples]
 
     @property
     def has_mixed_keys(self) -> bool:

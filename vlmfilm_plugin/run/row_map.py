@@ -42,7 +42,7 @@ class RowIndex:
         is_known = key in self._known and (samples == 1 or condition is self._mapped_condition)
         if not is_known:
             mapping: Any = self._rows(RowView(self._phase, samples, rows, self._image, condition, self._first))
-            if mapping is None or len(mapping) != rows or not all(0 <= sample < samples for sample in mapping):
+            if mapping is None or len(mapping) != rows or (rows and not 0 <= min(mapping) <= max(mapping) < samples):
                 raise self._unmapped(samples, rows)
             is_identity = list(mapping) == list(range(samples))
             self._known[key] = None if is_identity else torch.tensor(list(mapping), dtype=torch.long, device=x.device)
