@@ -38,6 +38,8 @@ from vlmfilm_plugin.files import touch
 __all__ = ["FILE_NAME", "StoreFile"]
 
 _WAL_TIMEOUT_S = 1.0
+# Whoever keeps this process waiting has the file open, and puts it to rest when it ends.
+_CLOSE_TIMEOUT_MS = 1000
 _logger = logging.getLogger("vlmfilm.store")
 
 
@@ -252,6 +254,7 @@ class StoreFile:
             ((mode,),) = connection.execute("PRAGMA journal_mode").fetchall()
             if mode != "wal":
                 return
+            connection.execute(f"PRAGMA busy_timeout = {_CLOSE_TIMEOUT_MS}").fetchall()
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
             # The last one to close makes it a plain file; where another process has it open that one will.
             connection.execute("PRAGMA busy_timeout = 0").fetchall()
