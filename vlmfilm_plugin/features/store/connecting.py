@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,6 +49,13 @@ def bound(connection: sqlite3.Connection, path: Path) -> Callable[[], None]:
 
     connection.set_progress_handler(step, _STEPS)
     return start
+
+
+def connect_private(path: Path) -> sqlite3.Connection:
+    """Open a file that no other process knows: without locks, which its file system may not grant, and without shared memory."""
+    connection = connect(path, "mode=rw&vfs=unix-none" if os.name == "posix" else "mode=rw", 0.0)
+    connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
+    return connection
 
 
 @contextmanager

@@ -12,7 +12,10 @@ FILE_NAME = "features.sqlite"
 LOCAL_FIX = "set `cache_dir` to a folder on a local disk; `vlmfilm cache merge` copies a store there"
 
 _DELETE = f"delete {FILE_NAME} with its -wal and -shm files; features are encoded again"
+# What SQLite says where a lock was not granted, of the file and of its shared memory.
+_LOCKS = ("locked", "locking protocol")
 _FIXES = (
+    ("locking protocol", "end the other processes that use this file, or set `cache_dir` to a folder on a local disk"),
     ("locked", "wait for, or end, the other process that writes to this file"),
     ("full", "free space on the disk, or set `cache_dir` to another one"),
     ("disk i/o", "free space on the disk, or set `cache_dir` to another one"),
@@ -29,7 +32,7 @@ _FIXES = (
 def store_error(action: str, path: Path, error: Exception) -> StoreError:
     """Return the error that says why `action` could not be done."""
     said = str(error)
-    if "locked" in said and (problem := lock_problem_in(path.parent)) is not None:
+    if any(text in said for text in _LOCKS) and (problem := lock_problem_in(path.parent)) is not None:
         return without_locks(action, path, problem)
     if said == "interrupted":
         said = "interrupted: its pages lead in circles, or name more rows than the file can hold"

@@ -20,7 +20,7 @@ from weakref import WeakSet
 
 from vlmfilm_plugin.errors import StoreError
 from vlmfilm_plugin.features.store import schema
-from vlmfilm_plugin.features.store.connecting import bound, connect, transaction
+from vlmfilm_plugin.features.store.connecting import bound, connect, connect_private, transaction
 from vlmfilm_plugin.features.store.file_systems import shares_memory, type_of
 from vlmfilm_plugin.features.store.looking import Seen, look_at
 from vlmfilm_plugin.features.store.snapshot import Signature, private_copy, signature
@@ -38,6 +38,8 @@ from vlmfilm_plugin.files import touch
 __all__ = ["FILE_NAME", "StoreFile"]
 
 _WAL_TIMEOUT_S = 1.0
+# Whoever keeps this process waiting has the file open, and puts it to rest when it ends.
+_CLOSE_TIMEOUT_MS = 1000
 _logger = logging.getLogger("vlmfilm.store")
 
 
@@ -177,7 +179,7 @@ class StoreFile:
         with private_copy(self.path) as (copy, copied):
             megabytes = sum(size for _, size, *_ in copied) / 1e6
             _logger.warning("[VLM] the feature store %s is read from a private copy (%.1f MB): %s", self.path, megabytes, reason)
-            connection = connect(copy, "mode=rw", self._timeout_s)
+            connection = connect_private(copy)
             try:
                 self._bring_up_to_date(connection)
                 connection.execute("PRAGMA journal_mode = MEMORY").fetchall()
@@ -252,6 +254,7 @@ class StoreFile:
             ((mode,),) = connection.execute("PRAGMA journal_mode").fetchall()
             if mode != "wal":
                 return
+            connection.execute(f"PRAGMA busy_timeout = {_CLOSE_TIMEOUT_MS}").fetchall()
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
             # The last one to close makes it a plain file; where another process has it open that one will.
             connection.execute("PRAGMA busy_timeout = 0").fetchall()
