@@ -45,7 +45,7 @@ def test_the_whole_demo_runs_every_script_as_a_user_would_and_leaves_the_host_as
         return done
 
     monkeypatch.setenv("VLM_FILM_COND_DIM", "the user's own settings are another experiment's")
-    monkeypatch.setattr("vlmfilm_plugin.demo.run.subprocess.run", run)
+    monkeypatch.setattr("vlmfilm_plugin.demo.scripts.subprocess.run", run)
     result = run_demo(tmp_path / "demo", quick=True, say=said.append)
     assert sorted(commands, key=str) == sorted(
         [("train", None), ("evaluate", None), ("train", "on"), ("evaluate", "on"), ("evaluate", "off"), ("evaluate", "shuffle")], key=str
