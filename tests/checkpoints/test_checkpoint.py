@@ -100,6 +100,7 @@ def test_metadata_says_architecture_encoder_and_stages_in_plain_values() -> None
         "cond_layernorm": True,
         "head": "film",
         "feature_transform": ("center",),
+        "feature_control": "none",
     }
 
 

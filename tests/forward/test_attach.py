@@ -624,3 +624,26 @@ def test_film_follows_the_unets_dtype_and_training_state() -> None:
     assert {parameter.dtype for parameter in half.film.parameters()} == {torch.float32}
     with half.condition(features=features()):
         assert half.unet(*(part.to(torch.bfloat16) for part in inputs(3))).dtype == torch.bfloat16
+
+
+def with_encoder(cache: Path) -> FilmHandle:
+    return attach(SmallUNet(), encoder="descriptor", cache_dir=str(cache), feature_transform="none")
+
+
+def test_weights_that_do_not_say_their_encoder_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, other = with_encoder(tmp_path), with_encoder(tmp_path)
+    randomise(saved.film)
+    state = {name: value for name, value in saved.unet.state_dict().items() if not name.endswith("_extra_state")}
+    before = {name: value.clone() for name, value in other.unet.state_dict().items()}
+    with pytest.raises(CheckpointError, match="do not say which encoder"):
+        other.unet.load_state_dict(state)
+    assert all(torch.equal(value, before[name]) for name, value in other.unet.state_dict().items() if "vlm_film" in name)
+    other.unet.load_state_dict(state, strict=False)
+    assert capsys.readouterr().out.count("do not say which encoder") == 1
+    monkeypatch.setenv("VLM_FILM_STRICT", "0")
+    with_encoder(tmp_path).unet.load_state_dict(state)
+    # Features that are given by hand are nobody's.
+    by_hand = build()
+    by_hand.unet.load_state_dict({name: value for name, value in by_hand.unet.state_dict().items() if not name.endswith("_extra_state")})

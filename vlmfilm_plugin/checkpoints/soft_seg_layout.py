@@ -52,6 +52,8 @@ def from_port(checkpoint: Mapping[str, Any], films: list[tuple[str, FilmModule]]
             if own in expected:
                 state[f"{prefix}.{own}"] = port[name] if position == 0 else port[name].clone()
                 renamed.setdefault(name, f"{prefix}.{own}")
+        # The port does not say it; what was checked is the width.
+        state[f"{prefix}._extra_state"] = film.get_extra_state()
     unused = [name for name in port if name not in renamed]
     architecture = films[0][1].architecture
     film_logger().warning(

@@ -14,6 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from vlmfilm_plugin.errors import CheckpointError
 from vlmfilm_plugin.film.architecture import Architecture, check_architecture, read_extra_state
 from vlmfilm_plugin.film.feature_control import ConstantFeature
 from vlmfilm_plugin.film.feature_statistics import Statistics, check_facts, read_facts
@@ -21,6 +22,7 @@ from vlmfilm_plugin.film.feature_transform import FeatureTransform
 from vlmfilm_plugin.film.heads import Head, HeadShape, build_head
 from vlmfilm_plugin.film.layers import ImageToConditionVector, TextToConditionVector
 from vlmfilm_plugin.log import film_logger
+from vlmfilm_plugin.settings.mode import STRICT_VARIABLE, is_strict
 
 ATTRIBUTE = "vlm_film"
 """Name under which a UNet holds its FiLM."""
@@ -244,7 +246,10 @@ class FilmModule(nn.Module):
             # As torch does: what is missing stays as it is, and is reported.
             if not has_film:
                 self._say_once("the loaded state has no FiLM weights: FiLM is left as it is (strict=False)")
+            elif self.architecture.fingerprint is not None:
+                self._say_once("the loaded FiLM weights do not say which encoder they are of: not checked (strict=False)")
         elif has_film:
+            self._refuse_undescribed(prefix)
             # Weights without a description: nothing says that features were transformed, unless the statistics are there.
             if not any(key.startswith(f"{prefix}feature_transform.") for key in state_dict):
                 self.adopt_transform(())
@@ -252,6 +257,23 @@ class FilmModule(nn.Module):
         else:
             self._start_at_identity(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
+
+    def _refuse_undescribed(self, prefix: str) -> None:
+        """Check that weights on the features of an encoder say of which.
+
+        Raises:
+            CheckpointError: they do not: those of another encoder would be taken.
+        """
+        if self.architecture.fingerprint is None:
+            return
+        error = CheckpointError(
+            "cannot load FiLM weights that do not say which encoder they are of",
+            {"found": f"tensors under {prefix!r} without {prefix}_extra_state", "expected": f"an encoder {self.architecture.fingerprint}"},
+            f"load the state dict as it was saved, every key of it; {STRICT_VARIABLE}=0 loads them unchecked",
+        )
+        if is_strict():
+            raise error
+        self._say_once(str(error))
 
     def _check(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Check the description in a state dict, and take its transform where nobody chose one here."""
