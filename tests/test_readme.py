@@ -131,3 +131,16 @@ def test_doctor_names_settings_and_their_origins(tmp_path: Path) -> None:
 def test_static_checks_are_clean(tool: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", *tool], cwd=README.parent, capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_claim_of_reliability_names_tests_that_are_there() -> None:
+    section = README.read_text(encoding="utf-8").split("## Reliability")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ") and "`" in line]
+    assert len(rows) >= 10
+    for row in rows:
+        named = re.findall(r"`(tests/[^`]+)`", row)
+        assert named, row
+        for name in named:
+            path = README.parent / name
+            files = [path] if path.suffix else sorted(path.glob("test_*.py"))
+            assert files and all("def test_" in file.read_text(encoding="utf-8") for file in files), name
