@@ -110,7 +110,9 @@ def test_an_editor_sees_every_setting_of_a_function(function: Any) -> None:
 
 def test_the_ports_conditioner_has_settings_and_their_defaults_for_arguments() -> None:
     given = {name: parameter.default for name, parameter in inspect.signature(VLMConditioner).parameters.items()}
-    of_its_own = {"enabled", "value_range"}
+    # The port used features as they are.
+    assert given["feature_transform"] == "none"
+    of_its_own = {"enabled", "value_range", "feature_transform"}
     assert set(given) - of_its_own <= set(FIELDS)
     assert {name: value for name, value in given.items() if name not in of_its_own} == {
         name: getattr(Settings(), name) for name in set(given) - of_its_own
