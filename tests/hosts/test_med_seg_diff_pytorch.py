@@ -195,7 +195,8 @@ print(json.dumps({"moved": moved and bool(before), "finite": all(bool(s.isfinite
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_accelerates_prepare_keeps_the_batch_in_force_in_every_precision(tmp_path: Path, precision: str) -> None:
-    output = run(ACCELERATED.replace("PRECISION", repr(precision)), tmp_path, "on")
+    # Two steps train FiLM only where it does not wait for statistics of features.
+    output = run(ACCELERATED.replace("PRECISION", repr(precision)), tmp_path, "on", VLM_FILM_FEATURE_TRANSFORM="none")
     assert last_json(output) == {"moved": True, "finite": True, "loss": True}
     plain = run(ACCELERATED.replace("PRECISION", repr(precision)).replace("moved and bool(before)", "True"), tmp_path, None)
     assert last_json(plain) == last_json(output)

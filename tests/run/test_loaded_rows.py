@@ -149,3 +149,13 @@ def test_a_volume_is_no_image(folder: Path) -> None:
     with pytest.raises(ConditionError, match=r"0\.npy is a volume or an array"):
         run.keys({"image": image})
     assert ":fp-" in run.keys({"image": image}, is_whole=True)[0]
+
+
+def test_metadata_that_the_known_rows_contradict_is_refused_where_other_rows_are_unknown(run: Run, folder: Path) -> None:
+    data = Files(folder / "images")
+    image: Any = next(iter(DataLoader(data, batch_size=6)))
+    changed: Any = image[[5, 0, 3, 1, 4, 2]].clone()
+    changed[2] = torch.rand(changed[2].shape, generator=torch.Generator().manual_seed(0))
+    changed.meta = {"filename_or_obj": [str(file) for file in data.files]}
+    with pytest.raises(ConditionError, match=r"(?s)metadata.*5\.png"):
+        run.keys({"image": changed})

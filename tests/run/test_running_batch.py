@@ -43,17 +43,22 @@ def test_features_are_looked_up_once_a_batch_and_every_forward_has_a_context_of_
     assert batch.open_context(handle.film, x, None, None) is not batch.open_context(handle.film, x, None, None)
 
 
+def _change_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Return another value for each element: a projection's LayerNorm takes out what is the same for all of them, but for rounding."""
+    return torch.linspace(-0.5, 0.5, parameter.numel()).view_as(parameter).sin()
+
+
 def _replaced(parameter: torch.nn.Parameter) -> None:
-    parameter.data = parameter.data + 0.3
+    parameter.data = parameter.data + _change_of(parameter)
 
 
 def _without_a_trace(parameter: torch.nn.Parameter) -> None:
-    parameter.data.add_(0.3)
+    parameter.data.add_(_change_of(parameter))
 
 
 def _in_place(parameter: torch.nn.Parameter) -> None:
     with torch.no_grad():
-        parameter.add_(0.3)
+        parameter.add_(_change_of(parameter))
 
 
 @pytest.mark.parametrize("change", [_replaced, _without_a_trace, _in_place])
@@ -67,7 +72,7 @@ def test_weights_that_change_inside_a_batch_act_at_once(tmp_path: Path, change: 
         assert changed
         for parameter in changed:
             change(parameter)
-        assert not torch.equal(before, handle.unet(*inputs(2)))
+        assert (before - handle.unet(*inputs(2))).abs().max() > 1e-4
 
 
 def test_it_tells_its_own_images_from_others(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a batch says about its rows: names, splits, source files (reference.md, section 3), found once a batch.
 
-Reads whatever a host or MONAI put into a batch and never fails on an odd one. Tensors are duck-typed: torch is not imported.
+Reads whatever a host or MONAI put into a batch and never fails on an odd one, only on metadata of other rows. Tensors are duck-typed:
+torch is not imported.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.features.content_hash import attempt, row_vectors
 
 NAME = "name"
@@ -76,6 +78,9 @@ class RowNames:
             files: the untouched file behind a name, as the host's data sets know it.
             loaded: returns the file of each row as the row ledger knows it; asked last, and where the image's own metadata names several
                 rows: an indexed MetaTensor keeps its metadata in the old order.
+
+        Raises:
+            ConditionError: that metadata names other files than the ledger, which does not know every row.
         """
         fields = _fields(batch)
         sources = _sources(fields)
@@ -96,6 +101,8 @@ class RowNames:
                 paths = list(known)
                 if names is not None and named_by is not None and named_by.label.startswith(_TENSOR_META):
                     names = _in_order_of(known, names)
+            elif is_doubtful:
+                _refuse_contradicted(paths, known)
             paths = [path or other for path, other in zip(paths, known, strict=True)]
         return cls(
             splits=tuple(_splits(fields, rows)),
@@ -180,6 +187,21 @@ def _add_meta(found: list[_Source], label: str, meta: object) -> None:
 def _names_rows(sources: list[_Source], rows: int) -> bool:
     """Tell whether the image's own metadata names each of several rows."""
     return any(source.label.startswith(_TENSOR_META) and names_in(source.held, rows) is not None for source in sources)
+
+
+def _refuse_contradicted(paths: Sequence[Path | None], known: Sequence[Path | None]) -> None:
+    """Check that the metadata's files are those of the rows that are known: a permuted MetaTensor keeps its metadata in the old order.
+
+    Raises:
+        ConditionError: they are not, so that they cannot be believed for the rows that are unknown.
+    """
+    for row, (path, other) in enumerate(zip(paths, known, strict=True)):
+        if path is not None and other is not None and os.path.realpath(path) != os.path.realpath(other):
+            raise ConditionError(
+                "cannot tell which file each row of this batch is: the image's metadata does not belong to its rows",
+                {"found": f"row {row} is {path} by the batch's metadata", "expected": f"{other}, from which the data loader made it"},
+                "name the files in the batch (`filepath`) in the order of the rows, or permute before the image is put into the batch",
+            )
 
 
 def _in_order_of(paths: Sequence[Path | None], names: list[str]) -> list[str]:
