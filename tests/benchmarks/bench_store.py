@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmfilm_plugin.encoders.base import EncoderIdentity
-from vlmfilm_plugin.features.provider import stack
+from vlmfilm_plugin.features.encoding import stack
 from vlmfilm_plugin.features.store.protocol import SourceStamp, StoredFeature
 from vlmfilm_plugin.features.store.store import FeatureStore
 

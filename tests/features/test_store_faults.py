@@ -24,7 +24,7 @@ from PIL import Image
 from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
 from vlmfilm_plugin.errors import StoreError
-from vlmfilm_plugin.features import provider
+from vlmfilm_plugin.features import encoding
 from vlmfilm_plugin.features.store.admin import opened, verify
 from vlmfilm_plugin.features.store.protocol import StoredFeature
 from vlmfilm_plugin.features.store.store import FeatureStore
@@ -118,7 +118,7 @@ def warm_up_and_report(reports: Any, images: str, folder: str) -> None:
         return encode(self, pictures)
 
     DescriptorEncoder.encode = reported  # type: ignore[method-assign]
-    provider.prove_deterministic = lambda *_: None  # its calls are of no batch
+    encoding.prove_deterministic = lambda *_: None  # its calls are of no batch
     warm_up(images, (), {"encoder": "descriptor", "cache_dir": folder}, batch_size=BATCH, readers=2, show_progress=False)
 
 

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from vlmfilm_plugin.encoders.base import Encoder, encode_annotated
-from vlmfilm_plugin.encoders.determinism import prove_deterministic
+from vlmfilm_plugin.encoders.base import Encoder
 from vlmfilm_plugin.encoders.registry import build_encoder
-from vlmfilm_plugin.errors import FeatureError, MissingFeatureError
+from vlmfilm_plugin.errors import MissingFeatureError
 from vlmfilm_plugin.features.batch_names import RowNames
 from vlmfilm_plugin.features.cache_key import content_keys, path_key, sample_keys
+from vlmfilm_plugin.features.encoding import Encoding, rounded, stack
 from vlmfilm_plugin.features.images import from_array, from_tensor, read_image
 from vlmfilm_plugin.features.recurrence import Recurrence
 from vlmfilm_plugin.features.samples import CacheStats, ImageId, Sample
@@ -60,11 +59,10 @@ class FeatureProvider:
         self._epoch: int | None = None
         self._missed_before_epoch = 0
         self._settings: Settings | None = None
-        self._is_proven = False
         self._is_range_known = False
         self._memory: OrderedDict[ImageId, StoredFeature] = OrderedDict()
         self._lock = threading.RLock()
-        self._stored = StoredFeatures(encoder, store)
+        self._stored, self._encoding = StoredFeatures(encoder, store), Encoding(encoder)
         self._recurrence = Recurrence()
 
     @classmethod
@@ -243,13 +241,13 @@ class FeatureProvider:
             )
         # Stamp before reading: a file replaced in between is then noticed at the next look.
         stamps = [sample.stamp if sample.path is None else SourceStamp.of(sample.path) for sample in samples]
-        rows = self._compute(samples, stamps, [sample.load() for sample in samples])
+        rows = self._encoding.of(samples, stamps, [sample.load() for sample in samples])
         encoded = {sample.image: row for sample, row in zip(samples, rows, strict=True)}
         once = {sample.image for sample in samples if is_train and sample.path is None and not self._recurrence.comes_back(sample.image, step)}
         for image in once:
             self._recurrence.note(image, step)
         self._write({image: row for image, row in encoded.items() if image not in once})
-        encoded = {image: self._rounded(row) for image, row in encoded.items()}
+        encoded = {image: rounded(row, self.store.embedding_dtype) for image, row in encoded.items()}
         self._remember(encoded)
         return encoded
 
@@ -268,22 +266,9 @@ class FeatureProvider:
         Returns:
             One row a sample, its feature (F,) as the store reads it back.
         """
-        rows = self._compute(samples, stamps, pictures)
+        rows = self._encoding.of(samples, stamps, pictures)
         self.store.write(self.encoder.identity, rows)
-        return [self._rounded(row) for row in rows]
-
-    def _compute(self, samples: Sequence[Sample], stamps: Sequence[SourceStamp | None], pictures: Sequence[Image]) -> list[StoredFeature]:
-        # The host may be in inference mode (validation) and has its own random stream: neither may reach the encoder.
-        cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=cuda):
-            features, given = encode_annotated(self.encoder, pictures)
-            check_features(features, self.encoder.feature_dim, [sample.key for sample in samples])
-            if not self._is_proven and pictures:
-                prove_deterministic(self.encoder, pictures, features)
-                self._is_proven = True
-        arrays = features.detach().to("cpu", torch.float32).numpy()
-        notes: Sequence[str | None] = given if given is not None else [None] * len(samples)
-        return [StoredFeature(sample.key, array, stamp, note) for sample, array, stamp, note in zip(samples, arrays, stamps, notes, strict=True)]
+        return [rounded(row, self.store.embedding_dtype) for row in rows]
 
     def _write(self, rows: Mapping[ImageId, StoredFeature]) -> None:
         if rows:
@@ -291,40 +276,9 @@ class FeatureProvider:
         for image in rows:
             self._recurrence.forget(image)
 
-    def _rounded(self, row: StoredFeature) -> StoredFeature:
-        # What the store rounds (float16) is rounded from the first use on, so that a run is the same with a full and an empty store.
-        return row._replace(feature=row.feature.astype(np.dtype(self.store.embedding_dtype)))
-
     def _remember(self, rows: Mapping[ImageId, StoredFeature]) -> None:
         for image, row in rows.items():
             self._memory[image] = row
             self._memory.move_to_end(image)
         while len(self._memory) > self._memory_items:
             self._memory.popitem(last=False)
-
-
-def stack(rows: Sequence[StoredFeature]) -> Tensor:
-    """Return the features (N, F) of N > 0 rows of one width: float32, CPU, memory of their own."""
-    # By torch: NumPy takes three times as long from float16 to float32.
-    return torch.from_numpy(np.stack([row.feature for row in rows])).float()
-
-
-def check_features(features: Tensor, feature_dim: int, keys: Sequence[str] | None = None) -> None:
-    """Check features (N, F).
-
-    Raises:
-        FeatureError: the shape is not (N, feature_dim), or a row holds NaN or infinite values (checked on the CPU alone).
-    """
-    if features.dim() != 2 or features.shape[1] != feature_dim:
-        raise FeatureError(
-            "cannot use these features: wrong width or shape",
-            {"got": tuple(features.shape), "expected": f"(N, {feature_dim})"},
-            "use the encoder that FiLM was built for, or build FiLM with this width",
-        )
-    if features.device.type == "cpu" and not bool(torch.isfinite(features).all()):
-        row = int((~torch.isfinite(features)).any(dim=1).nonzero()[0])
-        raise FeatureError(
-            f"the feature of {keys[row] if keys else f'row {row}'} holds NaN or infinite values",
-            {"row": row, "expected": "finite values"},
-            "look at that image, or run the encoder with dtype float32",
-        )

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.features.cache_key import name_key, path_key, split_in
+from vlmfilm_plugin.features.encoding import stack
 from vlmfilm_plugin.features.images import read_image
-from vlmfilm_plugin.features.provider import FeatureProvider, stack
+from vlmfilm_plugin.features.provider import FeatureProvider
 from vlmfilm_plugin.features.samples import Sample
 from vlmfilm_plugin.features.shuffle import Shuffle, Split, distances_of, images_of
 from vlmfilm_plugin.features.store.protocol import SourceStamp, place_of

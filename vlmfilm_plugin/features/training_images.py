@@ -16,8 +16,9 @@ from typing import TypeVar
 from torch import Tensor
 
 from vlmfilm_plugin.features.cache_key import split_in
+from vlmfilm_plugin.features.encoding import stack
 from vlmfilm_plugin.features.images import read_image
-from vlmfilm_plugin.features.provider import FeatureProvider, stack
+from vlmfilm_plugin.features.provider import FeatureProvider
 from vlmfilm_plugin.features.samples import Sample
 from vlmfilm_plugin.features.shuffle_donor import DataSets, key_like, split_prefix
 
@@ -89,7 +90,7 @@ class TrainingImages:
         keys = [key for key in store.keys(identity) if key.startswith(prefix)]
         if len(keys) < LEAST_STORED:
             return None
-        newest = {row.key: row for row in store.rows(identity, evenly(keys, MOST))}
+        newest = {row.key: row for row in store.rows(identity, evenly(keys, MOST)) if self._provider.fits(row)}
         return stack(list(newest.values())), f"evenly from the {len(keys)} that are stored as {prefix}... (split {split_in(prefix)})"
 
 

@@ -88,7 +88,7 @@ class FilmHandle:
 
     def _features_of(self, features: Tensor | None, images: Sequence[Any] | None, what: str, *, is_training: bool = False) -> Tensor:
         """Return features (B, F) that were given, or those of images."""
-        from vlmfilm_plugin.features.provider import check_features
+        from vlmfilm_plugin.features.encoding import check_features
 
         if (features is None) == (images is None):
             facts = {"found": "both or neither of features and images", "expected": "one of them"}

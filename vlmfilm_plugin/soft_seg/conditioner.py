@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.features.cache_key import CacheKeys
-from vlmfilm_plugin.features.provider import FeatureProvider, check_features
+from vlmfilm_plugin.features.encoding import check_features
+from vlmfilm_plugin.features.provider import FeatureProvider
 from vlmfilm_plugin.features.samples import Sample
 from vlmfilm_plugin.features.shuffle import Shuffle, images_of
 from vlmfilm_plugin.features.shuffle_donor import DataSets, ShuffleDonors

@@ -10,7 +10,6 @@ import logging
 import os
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +20,12 @@ from weakref import WeakSet
 from vlmfilm_plugin.errors import StoreError
 from vlmfilm_plugin.features.store import schema
 from vlmfilm_plugin.features.store.connecting import bound, connect, connect_private, transaction
-from vlmfilm_plugin.features.store.file_systems import shares_memory, type_of
+from vlmfilm_plugin.features.store.file_systems import shares_memory
+from vlmfilm_plugin.features.store.log_mode import leave_log, put_to_rest, start_log
 from vlmfilm_plugin.features.store.looking import Seen, look_at
 from vlmfilm_plugin.features.store.snapshot import Signature, private_copy, signature
 from vlmfilm_plugin.features.store.sqlite_errors import (
     FILE_NAME,
-    LOCAL_FIX,
     cannot_be_read_in_place,
     foreign,
     store_error,
@@ -37,9 +36,6 @@ from vlmfilm_plugin.files import touch
 
 __all__ = ["FILE_NAME", "StoreFile"]
 
-_WAL_TIMEOUT_S = 1.0
-# Whoever keeps this process waiting has the file open, and puts it to rest when it ends.
-_CLOSE_TIMEOUT_MS = 1000
 _logger = logging.getLogger("vlmfilm.store")
 
 
@@ -52,7 +48,7 @@ class _Opened:
     schema_version: int = -1
     copied: Signature | None = None
     reason: str = ""
-    has_tried_wal: bool = False
+    has_tried_log: bool = False
 
 
 class StoreFile:
@@ -88,7 +84,9 @@ class StoreFile:
             if opened.copied is not None:
                 facts = {"file": self.path, "found": opened.reason, "expected": "a file and a folder that can be written"}
                 raise StoreError(f"cannot {action} the feature store: it can only be read", facts, "set `cache_dir` to a folder you can write")
-            self._start_wal(opened)
+            if not opened.has_tried_log:
+                opened.has_tried_log = True
+                start_log(opened.connection, self.path, self._timeout_s)
             with transaction(opened.connection):
                 self._check(opened)
                 yield opened.connection
@@ -100,7 +98,7 @@ class StoreFile:
         for left, owner in zip(range(len(own) - 1, -1, -1), own, strict=True):
             opened = self._connections.pop(owner)
             if not left and opened.copied is None:
-                self._put_to_rest(opened.connection)
+                put_to_rest(opened.connection, self.path)
             opened.connection.close()
 
     def __del__(self) -> None:
@@ -166,7 +164,7 @@ class StoreFile:
         try:
             connection.execute("PRAGMA cache_size = -16384")  # KiB: the key index of a large store stays in memory
             if seen is not None and seen.is_wal and not shares_memory(self.path.parent):
-                self._leave_wal(connection)
+                leave_log(connection, self.path)
             opened = _Opened(connection, bound(connection, self.path))
             self._bring_up_to_date(connection)
             opened.schema_version = _schema_version(connection)
@@ -212,56 +210,6 @@ class StoreFile:
             if self._version(opened.connection) != schema.VERSION:
                 raise sqlite3.OperationalError("database disk image is malformed: its schema is gone")
             opened.schema_version = now
-
-    def _start_wal(self, opened: _Opened) -> None:
-        """Let readers read while this process writes; where that cannot be, they wait for each other."""
-        if opened.has_tried_wal:
-            return
-        opened.has_tried_wal = True
-        if not shares_memory(self.path.parent):
-            return
-        # SQLite does not wait for this as it does for other locks.
-        deadline = time.monotonic() + min(_WAL_TIMEOUT_S, self._timeout_s)
-        while True:
-            try:
-                opened.connection.execute("PRAGMA journal_mode = WAL").fetchall()
-                opened.connection.execute("PRAGMA synchronous = NORMAL")
-                return
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error):
-                    raise
-                if time.monotonic() > deadline:
-                    return
-                time.sleep(0.02)
-
-    def _leave_wal(self, connection: sqlite3.Connection) -> None:
-        """Bring a file that was left in WAL mode back to a plain one, without the shared memory that this file system does not have."""
-        connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
-        try:
-            connection.execute("PRAGMA journal_mode = DELETE").fetchall()
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error):
-                raise
-            kind = type_of(self.path.parent) or "of unknown type"
-            found = f"open elsewhere with shared memory, which this file system ({kind}) cannot share"
-            facts = {"file": self.path, "found": found, "expected": "one machine at a time"}
-            raise StoreError("cannot open the feature store from two machines at once", facts, LOCAL_FIX) from error
-        connection.execute("PRAGMA locking_mode = NORMAL").fetchall()
-        connection.execute("SELECT count(*) FROM sqlite_master").fetchall()  # the lock is given back by the next read
-
-    def _put_to_rest(self, connection: sqlite3.Connection) -> None:
-        try:
-            ((mode,),) = connection.execute("PRAGMA journal_mode").fetchall()
-            if mode != "wal":
-                return
-            connection.execute(f"PRAGMA busy_timeout = {_CLOSE_TIMEOUT_MS}").fetchall()
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-            # The last one to close makes it a plain file; where another process has it open that one will.
-            connection.execute("PRAGMA busy_timeout = 0").fetchall()
-            connection.execute("PRAGMA journal_mode = DELETE").fetchall()
-        except sqlite3.Error as error:
-            if "locked" not in str(error) and "readonly" not in str(error):
-                _logger.warning("[VLM] %s: the last features are in %s-wal still; copy both: %s", self.path, self.path.name, error)
 
 
 def _schema_version(connection: sqlite3.Connection) -> int:
