@@ -15,6 +15,7 @@ from typing import Any
 
 from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.features.content_hash import attempt, row_vectors
+from vlmfilm_plugin.features.reordered import is_reordered
 
 NAME = "name"
 _META = "meta"
@@ -94,7 +95,10 @@ class RowNames:
         paths = _find_paths(sources, read, rows, dataset_root)
         if files and None in paths and (own := names_in(fields.get(NAME), rows)) is not None:
             paths = [path or files.get(name) for path, name in zip(paths, own, strict=True)]
-        is_doubtful = loaded is not None and rows > 1 and _names_rows(sources, rows)
+        names_rows = rows > 1 and _names_rows(sources, rows)
+        is_doubtful = loaded is not None and names_rows
+        if names_rows and is_reordered(fields["image"]) and (loaded is None or not all(loaded())):
+            _refuse_reordered(fields["image"])
         if loaded is not None and (is_doubtful or not all(paths)):
             known = loaded()
             if is_doubtful and all(known):
@@ -202,6 +206,14 @@ def _refuse_contradicted(paths: Sequence[Path | None], known: Sequence[Path | No
                 {"found": f"row {row} is {path} by the batch's metadata", "expected": f"{other}, from which the data loader made it"},
                 "name the files in the batch (`filepath`) in the order of the rows, or permute before the image is put into the batch",
             )
+
+
+def _refuse_reordered(image: object) -> None:
+    raise ConditionError(
+        "cannot tell which file each row of this batch is: its rows were put into another order than the image's metadata",
+        {"found": f"a {type(image).__name__} that was indexed, flipped or rolled, with the metadata of before", "expected": "metadata of its rows"},
+        "name the files in the batch (`filepath`) in the order of the rows, and hand the image over without metadata (`as_tensor()`)",
+    )
 
 
 def _in_order_of(paths: Sequence[Path | None], names: list[str]) -> list[str]:

@@ -38,7 +38,7 @@ class BatchFeatures:
     @property
     def is_without_file(self) -> bool:
         """Tell whether a sample has no untouched file, and was encoded as the host passed it."""
-        return None in [sample.path for sample in self.samples]
+        return not all([sample.path for sample in self.samples])  # a list: no Python call a row
 
     @property
     def has_mixed_keys(self) -> bool:

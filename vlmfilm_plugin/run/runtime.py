@@ -20,6 +20,7 @@ from vlmfilm_plugin.checkpoints.metadata import adapt, rows_in, write_metadata
 from vlmfilm_plugin.checkpoints.optimizer_state import match_at_load, names_by_group
 from vlmfilm_plugin.checkpoints.peek import peek
 from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
+from vlmfilm_plugin.features.reordered import watch_order
 from vlmfilm_plugin.features.shuffle_donor import DataSets
 from vlmfilm_plugin.film.freezing import freeze_host, keep_trainable, optimizers_in, refuse_unfrozen
 from vlmfilm_plugin.film.gates import describe_gate
@@ -61,6 +62,7 @@ class Runtime:
         self._data_sets = DataSets()
         self.states = FilmStates(lambda: self.settings, self._data_sets)
         self.files: dict[str, Path | None] = {}
+        watch_order()
         self.ledger = Ledger()
         self._is_watching_loaders = False
         self.attached = 0
