@@ -81,7 +81,7 @@ def test_each_image_is_looked_up_once_a_sample_call_however_many_steps_follow(tm
 from vlmfilm_plugin.features.provider import FeatureProvider
 calls = []
 get = FeatureProvider.get
-FeatureProvider.get = lambda self, samples: (calls.append(len(samples)), get(self, samples))[1]
+FeatureProvider.get = lambda self, samples, **more: (calls.append(len(samples)), get(self, samples, **more))[1]
 forwards = []
 model.register_forward_pre_hook(lambda *a: forwards.append(1))
 diffusion.sample(image)

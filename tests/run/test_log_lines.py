@@ -318,7 +318,7 @@ def test_a_validation_alone_writes_its_means(tmp_path: Path, capsys: pytest.Capt
 
     steps = Steps(cls=Model, phases={"validation_step": "val"}, value_range=(0.0, 1.0))
     spec = HostSpec(name="tiny", unets=[UNet(cls=Net, targets=SPEC.targets)], models=[Model], steps=[steps])
-    patch_host(sys.modules[__name__], spec, Run(tmp_path, capsys).runtime)
+    patch_host(sys.modules[__name__], spec, Run(tmp_path, capsys, unnamed_rows="content").runtime)
     loader = torch.utils.data.DataLoader([{"image": torch.rand(1, 8, 8), "name": f"{i}.png"} for i in range(3)])
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = lightning.Trainer(accelerator="cpu", devices=1, **options)

@@ -24,46 +24,30 @@ _ITERATOR = "_BaseDataLoaderIter"
 
 
 class _Observer:
-    """Puts what records into iterators, and takes batches out again."""
+    """What one ledger knows of the data sets behind iterators."""
 
     def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+        self.ledger = ledger
         self._items: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._of: dict[int, DataSetItems] = {}
 
-    def observe(self, iterator: Any) -> None:
-        """Observe an iterator whose `__init__` has set its data set and collate function, and has loaded nothing yet."""
-        why_not = _why_not(iterator)
-        if why_not:
-            self._ledger.note_trouble(why_not)
-            return
-        items, recorder = self._items_of(iterator._dataset), Recorder()
-        is_in_order = iterator._collate_fn is default_collate
-        collate = NamingCollate(iterator._collate_fn, recorder, is_batched=iterator._auto_collation, is_in_order=is_in_order)
-        iterator._dataset, iterator._collate_fn = RecordingDataSet(iterator._dataset, recorder), collate
-        setattr(iterator, _ITEMS, items)
-
-    def unwrap(self, iterator: Any, data: Any) -> Any:
-        """Return the batch that an iterator gives, noted in the ledger."""
-        if type(data) is not Carrier:
-            return data
-        items = getattr(iterator, _ITEMS, None)
-        if items is not None:
-            self._ledger.note(data, items)
-        return data.batch
-
-    def _items_of(self, data_set: Any) -> DataSetItems:
+    def items_of(self, data_set: Any) -> DataSetItems:
         """Return what is known of a data set, over all its loaders and epochs; it goes with the data set."""
         key = id(data_set)
         if self._items.get(key) is data_set:
             return self._of[key]
-        items = self._of[key] = DataSetItems(type(data_set).__name__, self._ledger.choices)
+        items = self._of[key] = DataSetItems(type(data_set).__name__, self.ledger.choices)
         try:
             self._items[key] = data_set
             weakref.finalize(data_set, self._of.pop, key, None)
         except TypeError:  # a list, say, cannot be referred to weakly: known for one iterator
             del self._of[key]
         return items
+
+
+# Of every ledger that is written: an iterator records once, for all of them.
+_observers: list[_Observer] = []
+_undo: list[Callable[[], None]] = []
 
 
 def watch_loaders(ledger: Ledger) -> Callable[[], None]:
@@ -73,16 +57,35 @@ def watch_loaders(ledger: Ledger) -> Callable[[], None]:
         _say_unknown(ledger, f"this torch has no torch.utils.data.dataloader.{_ITERATOR}.__next__")
         return lambda: None
     observer = _Observer(ledger)
+    _observers.append(observer)
+    if len(_observers) == 1:
+        _undo.append(_patch(cls))
+
+    def undo() -> None:
+        if observer in _observers:
+            _observers.remove(observer)
+            while _undo and not _observers:
+                _undo.pop()()
+
+    return undo
+
+
+def _patch(cls: Any) -> Callable[[], None]:
     init, step = cls.__init__, cls.__next__
 
     @functools.wraps(init)
     def observed_init(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        observer.observe(self)
+        _observe(self)
 
     @functools.wraps(step)
     def observed_next(self: Any) -> Any:
-        return observer.unwrap(self, step(self))
+        data = step(self)
+        if type(data) is not Carrier:
+            return data
+        for observer, items in getattr(self, _ITEMS, ()):
+            observer.ledger.note(data, items)
+        return data.batch
 
     cls.__init__, cls.__next__ = observed_init, observed_next
 
@@ -91,6 +94,19 @@ def watch_loaders(ledger: Ledger) -> Callable[[], None]:
             cls.__init__, cls.__next__ = init, step
 
     return undo
+
+
+def _observe(iterator: Any) -> None:
+    """Put what records into an iterator whose `__init__` has set its data set and collate function, and has loaded nothing yet."""
+    why_not = _why_not(iterator)
+    if why_not or not _observers:
+        for observer in _observers:
+            observer.ledger.note_trouble(why_not)
+        return
+    setattr(iterator, _ITEMS, [(observer, observer.items_of(iterator._dataset)) for observer in _observers])
+    recorder, is_in_order = Recorder(), iterator._collate_fn is default_collate
+    collate = NamingCollate(iterator._collate_fn, recorder, is_batched=iterator._auto_collation, is_in_order=is_in_order)
+    iterator._dataset, iterator._collate_fn = RecordingDataSet(iterator._dataset, recorder), collate
 
 
 def _why_not(iterator: Any) -> str:

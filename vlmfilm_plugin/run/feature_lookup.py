@@ -82,12 +82,19 @@ class FeatureLookup:
         return self.of_samples(samples, step=step, is_train=is_train)
 
     def of_samples(
-        self, samples: list[Sample], *, step: int | None = None, is_train: bool = False, names: Sequence[str] | None = None
+        self,
+        samples: list[Sample],
+        *,
+        step: int | None = None,
+        is_train: bool = False,
+        names: Sequence[str] | None = None,
+        are_whole: bool = False,
     ) -> BatchFeatures:
         """Return one feature a sample: its own in evaluation, what the strategy chooses or holds in training.
 
         Args:
             names: what the strategy tells the samples apart by; their keys where None.
+            are_whole: no sample is a random crop, so that each is worth storing at once.
         """
         before = replace(self.provider.stats)
         if is_train:
@@ -98,7 +105,7 @@ class FeatureLookup:
             features, used = feature.expand(len(samples), -1), [held] * len(samples)
         else:
             used = [samples[row] for row in choice.rows]
-            features = self.provider.get(used, is_train=is_train, step=step)
+            features = self.provider.get(used, is_train=is_train and not are_whole, step=step)
             if is_train and self.strategy.batch_strategy != "per_sample":
                 # Without its pixels, which nobody asks for again.
                 self.held = replace(used[0], load=_not_kept), features[:1].clone()

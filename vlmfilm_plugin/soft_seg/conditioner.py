@@ -166,7 +166,7 @@ class VLMConditioner(nn.Module):
         else:
             # By file where one is found, else by content: a crop's feature is never kept under its file's name.
             samples = lookup.provider.samples_of(batch, image, self.value_range)
-        found = lookup.of_samples(samples, step=global_step, is_train=is_train, names=names.keys)
+        found = lookup.of_samples(samples, step=global_step, is_train=is_train, names=names.keys, are_whole=True)
         features, samples, source = found.features, found.used, lookup.provider
         projection = self.text_to_cond if s.use_text_prompt_cond else self.image_to_cond
         device = next(projection.parameters()).device
