@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from without_rights import run_without_rights
 
 from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.errors import FeatureError, ImageReadError, StoreError
@@ -223,11 +224,17 @@ def test_a_folder_in_place_of_the_file_is_named(tmp_path: Path) -> None:
     assert caught.value.facts["file"] == tmp_path / "features.sqlite"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
+    def refused() -> str:
+        with pytest.raises(StoreError, match="unable to open") as caught:
+            FeatureStore(tmp_path)
+        return str(caught.value.fix)
+
     tmp_path.chmod(0o500)
-    with pytest.raises(StoreError, match="unable to open"):
-        FeatureStore(tmp_path)
+    try:
+        assert "can write" in run_without_rights(refused)
+    finally:
+        tmp_path.chmod(0o700)
 
 
 def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:

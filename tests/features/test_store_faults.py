@@ -276,7 +276,7 @@ def test_flipped_bits_never_become_a_feature(sound: Path, tmp_path: Path, caplog
         if fate == "some":
             with opened(folder) as file:
                 unnoticed += verify(file).is_sound
-    assert seen["some"] + seen["error"] > 30 and unnoticed == 0, (seen, unnoticed)
+    assert seen["some"] + seen["error"] > 50 and unnoticed == 0, (seen, unnoticed)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])

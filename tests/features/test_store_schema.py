@@ -130,6 +130,22 @@ def test_a_store_of_every_older_schema_is_brought_up_to_date_and_read_where_noth
             assert connection.execute("PRAGMA application_id").fetchone() == (schema.APPLICATION_ID,)
 
 
+def test_the_way_to_todays_schema_makes_no_difference() -> None:
+    found = []
+    for start in range(schema.VERSION + 1):
+        connection = sqlite3.connect(":memory:", isolation_level=None)
+        connection.create_function("vlmfilm_bound", 2, bound)
+        connection.create_function("vlmfilm_checksum", -1, lambda *values: 0)
+        for statement in (statement for statements in schema.MIGRATIONS[:start] for statement in statements):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {start}")
+        schema.migrate(connection, start)
+        assert schema.look(connection) == (schema.VERSION, "")
+        found.append([connection.execute(f"SELECT * FROM pragma_{table}('features')").fetchall() for table in ("table_info", "index_list")])
+        connection.close()
+    assert all(columns == found[0] for columns in found)
+
+
 def test_a_row_that_was_damaged_before_stays_damaged(tmp_path: Path) -> None:
     path = older(tmp_path / "s", 2)
     change(path, "UPDATE features SET data = zeroblob(8) WHERE namespace = 1 AND key = x'62'")

@@ -26,10 +26,26 @@ _FROM_2 = (
     " dtype, width, data, checksum, created, note"
 )
 _FINGERPRINT = "(SELECT fingerprint FROM namespaces WHERE id = namespace)"
-# A row of version 4 as the arguments of a function: today's columns, and the namespace's fingerprint.
+# A row of version 3 or 4 as the arguments of a function: today's columns, and the namespace's fingerprint.
 _AS_ARGUMENTS = (
     f"key, source_size, source_mtime_ns, source_digest, source_place, dtype, width, data, checksum, created, note, NULL, NULL, {_FINGERPRINT}"
 )
+_NAMESPACES = "(id INTEGER PRIMARY KEY AUTOINCREMENT, fingerprint TEXT NOT NULL UNIQUE, facts TEXT NOT NULL, created REAL NOT NULL)"
+_NEW_NAMESPACES = (
+    # AUTOINCREMENT: the id of a namespace that was deleted is never another encoder's.
+    f"CREATE TABLE namespaces_5 {_NAMESPACES}",
+    "INSERT INTO namespaces_5 SELECT id, fingerprint, facts, created FROM namespaces ORDER BY id",
+    "DROP TABLE namespaces",
+    "ALTER TABLE namespaces_5 RENAME TO namespaces",
+)
+_FEATURES = (
+    "CREATE TABLE features (namespace INTEGER NOT NULL REFERENCES namespaces(id), key BLOB NOT NULL, source_size INTEGER,"
+    " source_mtime_ns INTEGER, source_digest TEXT NOT NULL, source_place TEXT, dtype TEXT NOT NULL, width INTEGER NOT NULL,"
+    " data BLOB NOT NULL, checksum INTEGER NOT NULL, created REAL NOT NULL, note TEXT, source_ctime_ns INTEGER, source_inode INTEGER,"
+    " PRIMARY KEY (namespace, key, source_digest))"
+)
+_BY_CONTENT = "CREATE INDEX features_by_content ON features (namespace, source_size, source_digest)"
+_STAMP = f"PRAGMA application_id = {APPLICATION_ID}"
 
 # Migration i takes a file from schema version i to i + 1. Published ones are never edited; new ones are appended.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -63,20 +79,32 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     # A checksum is right under its own encoder's fingerprint alone.
     (f"UPDATE features SET checksum = vlmfilm_bound(checksum, {_FINGERPRINT})",),
     (
-        # AUTOINCREMENT: the id of a namespace that was deleted is never another encoder's.
-        "CREATE TABLE namespaces_5 (id INTEGER PRIMARY KEY AUTOINCREMENT, fingerprint TEXT NOT NULL UNIQUE, facts TEXT NOT NULL,"
-        " created REAL NOT NULL)",
-        "INSERT INTO namespaces_5 SELECT id, fingerprint, facts, created FROM namespaces ORDER BY id",
-        "DROP TABLE namespaces",
-        "ALTER TABLE namespaces_5 RENAME TO namespaces",
+        *_NEW_NAMESPACES,
         # In place: rows of 4 KB are not copied once more.
         "ALTER TABLE features ADD COLUMN source_ctime_ns INTEGER",
         "ALTER TABLE features ADD COLUMN source_inode INTEGER",
-        f"UPDATE features SET checksum = vlmfilm_checksum({_AS_ARGUMENTS})",
-        f"PRAGMA application_id = {APPLICATION_ID}",
+        f"UPDATE features SET checksum = vlmfilm_checksum(4, {_AS_ARGUMENTS})",
+        _STAMP,
     ),
 )
 VERSION = len(MIGRATIONS)
+
+# From a version to version 5 in one pass over the rows; what results is, but for blanks, what all migrations result in.
+_AT_ONCE_TO = 5
+_AT_ONCE: dict[int, tuple[str, ...]] = {
+    0: (f"CREATE TABLE namespaces {_NAMESPACES}", _FEATURES, _BY_CONTENT, _STAMP),
+    # The version of the first release.
+    2: (
+        "ALTER TABLE features RENAME TO features_2",
+        *_NEW_NAMESPACES,
+        _FEATURES,
+        "INSERT INTO features SELECT namespace, key, source_size, source_mtime_ns, source_digest, source_place, dtype, width, data,"
+        f" vlmfilm_checksum(3, {_AS_ARGUMENTS}), created, note, NULL, NULL FROM (SELECT {_FROM_2} FROM features_2)",
+        "DROP TABLE features_2",
+        _BY_CONTENT,
+        _STAMP,
+    ),
+}
 
 # What ANALYZE leaves: statistics for the planner.
 _STATISTICS = {"CREATETABLEsqlite_stat1(tbl,idx,stat)", "CREATETABLEsqlite_stat4(tbl,idx,neq,nlt,ndlt,sample)"}
@@ -130,10 +158,12 @@ def _one_moment(connection: sqlite3.Connection) -> Iterator[None]:
 def migrate(connection: sqlite3.Connection, version: int) -> None:
     """Bring a file of ours, or an empty one, from a version to today's; the caller holds the transaction."""
     _add_functions(connection)
-    for number, statements in enumerate(MIGRATIONS[version:], version + 1):
+    while version < VERSION:
+        statements = _AT_ONCE.get(version)
+        version, statements = (version + 1, MIGRATIONS[version]) if statements is None else (_AT_ONCE_TO, statements)
         for statement in statements:
             connection.execute(statement)
-        connection.execute(f"PRAGMA user_version = {number}")
+        connection.execute(f"PRAGMA user_version = {version}")
 
 
 def _add_functions(connection: sqlite3.Connection) -> None:
@@ -141,15 +171,15 @@ def _add_functions(connection: sqlite3.Connection) -> None:
     connection.create_function("vlmfilm_checksum", -1, _upgraded, deterministic=True)
 
 
-def _upgraded(*values: object) -> int:
-    """Return today's checksum of a row that holds that of version 4; a number that no row has where it holds another."""
+def _upgraded(version: int, *values: object) -> int:
+    """Return today's checksum of a row that holds that of version 3 or 4; a number that no row has where it holds another."""
     *columns, fingerprint = values
     row = Row._make(columns)
     is_readable = isinstance(row.key, bytes) and isinstance(row.data, bytes) and (row.note is None or isinstance(row.note, str))
     if not is_readable or not isinstance(fingerprint, str):
         return -1
-    is_right = row.checksum == bound(checksum_of_first_version(row.key, row.data, row.note), fingerprint)
-    return checksum(row, fingerprint) if is_right else -1
+    expected = checksum_of_first_version(row.key, row.data, row.note)
+    return checksum(row, fingerprint) if row.checksum == (expected if version == 3 else bound(expected, fingerprint)) else -1
 
 
 def _number(connection: sqlite3.Connection, name: str) -> int:

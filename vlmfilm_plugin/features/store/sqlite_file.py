@@ -36,6 +36,7 @@ from vlmfilm_plugin.files import touch
 
 __all__ = ["FILE_NAME", "StoreFile"]
 
+_UPGRADE_TIMEOUT_MS = 3_600_000
 _logger = logging.getLogger("vlmfilm.store")
 
 
@@ -124,8 +125,8 @@ class StoreFile:
         if opened is None:
             with _OPENING:
                 opened = self._connections[owner] = self._open()
-            _OPEN.add(self)
-            _close_at_exit()
+                _OPEN.add(self)
+                _close_at_exit()
         opened.begin()
         return opened
 
@@ -189,12 +190,17 @@ class StoreFile:
         return _Opened(connection, bound(connection, self.path), copied=copied, reason=reason)
 
     def _bring_up_to_date(self, connection: sqlite3.Connection) -> None:
-        if self._version(connection) == schema.VERSION:
+        if (version := self._version(connection)) == schema.VERSION:
             return
+        if version:
+            _logger.info("[VLM] the feature store %s is brought up to date (%.0f MB)", self.path, self.path.stat().st_size / 1e6)
+            # Every process of a run comes here, and the first one may have gigabytes to go through.
+            connection.execute(f"PRAGMA busy_timeout = {_UPGRADE_TIMEOUT_MS}").fetchall()
         with transaction(connection):
             # Another process may have made or migrated it while this one waited for the lock.
             if (version := self._version(connection)) != schema.VERSION:
                 schema.migrate(connection, version)
+        connection.execute(f"PRAGMA busy_timeout = {int(1000 * self._timeout_s)}").fetchall()
 
     def _version(self, connection: sqlite3.Connection) -> int:
         found = schema.look(connection)
@@ -248,3 +254,13 @@ def _close_at_exit() -> None:
 def _close_all() -> None:
     for file in list(_OPEN):
         file.close()
+
+
+def _forget_lock() -> None:
+    """Give a forked process a lock of its own: the thread that held the parent's does not exist in it."""
+    global _OPENING
+    _OPENING = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_lock)
