@@ -111,6 +111,8 @@ def test_what_trains_film_is_let_through(monkeypatch: pytest.MonkeyPatch) -> Non
         for mine, its in zip(ema.parameters(), unet.parameters(), strict=True):
             mine.lerp_(its, 0.5)
     torch.optim.SGD(unet.parameters(), lr=0.1).step()
+    ema.requires_grad_(False)
+    torch.optim.SGD([*unet.parameters(), *ema.parameters()], lr=0.1).step()
 
 
 class Masters:

@@ -84,7 +84,8 @@ def check_membership(unet: nn.Module, optimizers: Iterable[Optimizer], others: I
         HostError: FiLM's parameters are frozen, or those that are not are in no optimizer.
     """
     held = set(_held(optimizers))
-    if not any(id(parameter) in held for parameter in unet.parameters()):
+    # A frozen copy, an EMA's say, may stand in the optimizer beside the UNet that trains.
+    if not any(parameter.requires_grad and id(parameter) in held for parameter in unet.parameters()):
         return False
     film, headline = _film_of(unet), f"FiLM would not train while this {type(unet).__name__} does"
     parameters = dict(film.named_parameters())
