@@ -16,7 +16,10 @@ import pytest
 import yaml
 from processes import DEMO_HOST, python, succeed
 from row_probe import make_isic, make_splits
+from stand_in import SETTINGS as STAND_IN
 
+# Whose feature a row got is solved for: features as they are.
+SETTINGS = {**STAND_IN, "VLM_FILM_FEATURE_TRANSFORM": "none"}
 HERE = Path(__file__).parent
 WORKERS = ["2:fork", "2:spawn"]
 # A data set class that is nobody's base: names without files, random crops and flips, several crops of an image.
@@ -28,9 +31,6 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from src.registry.base import DATASET_REGISTRY
-
-# Whose feature a row got is solved for: features as they are.
-SETTINGS = {**STAND_IN, "VLM_FILM_FEATURE_TRANSFORM": "none"}
 
 
 class OCTADataset(Dataset):
