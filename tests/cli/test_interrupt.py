@@ -29,7 +29,12 @@ class Command:
     def __init__(self, folder: Path, *arguments: str, **variables: str) -> None:
         command = [sys.executable, "-u", "-m", "vlmfilm_plugin", *arguments]
         env = environment(**variables)
-        self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # A suite that runs in the background ignores Ctrl-C, and so would its children.
+        before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        try:
+            self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def wait_for(self, happened: Callable[[], bool]) -> None:
         end = time.monotonic() + PATIENCE
