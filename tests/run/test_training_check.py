@@ -153,3 +153,14 @@ def test_masters_with_film_train(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(4):
         masters.step()
     assert not any(map(torch.equal, before, unet.get_submodule("vlm_film").parameters()))
+
+
+@pytest.mark.usefixtures("watched")
+def test_parameters_that_a_wrapper_flattens_after_the_first_update_are_no_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, _ = film_unet("on", monkeypatch)
+    masters = Masters(list(unet.parameters()))
+    masters.optimizer.step()
+    with torch.no_grad():
+        for parameter in without_film(unet):
+            parameter.data = parameter.detach().flatten()[:1].clone()
+    masters.optimizer.step()

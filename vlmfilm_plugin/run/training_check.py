@@ -148,7 +148,8 @@ def _is_unchanged(before: _Before) -> bool:
     """
     unet = before.unet()
     host = None if unet is None else _first_of_host(unet)
-    if unet is None or host is None:
+    if unet is None or host is None or host.shape != before.host.shape:
+        # Gone, or flattened since by a wrapper: no update of this optimizer.
         return False
     if _is_same(host, before.host):
         return True
@@ -171,7 +172,6 @@ def _local(parameter: Tensor) -> Tensor:
 
 
 def _is_same(now: Tensor, then: Tensor) -> bool:
-    # A wrapper may have moved or flattened it since: no update of this optimizer.
     return now.shape == then.shape and torch.equal(now.to(then.device), then)
 
 
