@@ -74,7 +74,7 @@ def test_a_host_without_a_trainer_fine_tunes_where_there_is_an_optimizer(tmp_pat
     run = Run(tmp_path)
     run.unet.load_state_dict(SmallUNet().state_dict())
     # Of other tests in this process.
-    monkeypatch.setattr("vlmfilm_plugin.run.running_batch.has_optimizer", lambda: False)
+    monkeypatch.setattr("vlmfilm_plugin.run.running_batch.living_optimizers", list)
     with pytest.raises(CheckpointError):
         run.forward("predict", is_fit=True, has_trainer=False)
     monkeypatch.undo()

@@ -12,6 +12,7 @@ from torch import nn
 
 import vlmfilm_plugin
 from vlmfilm_plugin.errors import HostError
+from vlmfilm_plugin.film.module import is_any_attached
 from vlmfilm_plugin.hosts.training_watch import TrainingWatch
 from vlmfilm_plugin.run.training_check import TrainingCheck, unets_with_film
 
@@ -22,7 +23,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     from torch.optim import optimizer as torchs
 
     hooks = dict(torchs._global_optimizer_pre_hooks)
-    TrainingWatch(lambda: bool(unets_with_film()), lambda: True, lambda text: HostError(text), TrainingCheck(), is_strict=True).start()
+    TrainingWatch(is_any_attached, lambda: True, lambda text: HostError(text), TrainingCheck(), is_strict=True).start()
     yield
     torchs._global_optimizer_pre_hooks.clear()
     torchs._global_optimizer_pre_hooks.update(hooks)

@@ -323,6 +323,11 @@ def _is_strict(passed: bool) -> bool:
     return passed
 
 
+def is_any_attached() -> bool:
+    """Tell whether a module of this process holds FiLM now."""
+    return any(not film.is_removed for film in list(_living))
+
+
 def film_modules(model: nn.Module) -> list[FilmModule]:
     """Return the FiLM modules inside a model, copies such as an EMA's included."""
     return [module for module in model.modules() if isinstance(module, FilmModule)]

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from vlmfilm_plugin.run.runtime import Runtime
     from vlmfilm_plugin.run.training_check import TrainingCheck
 
+# Imported by whatever attaches FiLM, never from here: it needs torch.
+_FILM = "vlmfilm_plugin.film.module"
+
 
 class Activation:
     """The state of an activated process.
@@ -131,11 +134,8 @@ class Activation:
         """Tell whether a module of this process has FiLM now, the host's own included."""
         if self._runtime is not None and self._runtime.left:
             return True
-        if not _has_film_existed():
-            return False
-        from vlmfilm_plugin.run.training_check import unets_with_film
-
-        return bool(unets_with_film())
+        film = sys.modules.get(_FILM)
+        return film is not None and bool(film.is_any_attached())
 
     def _nothing_attached(self, optimizer: str) -> VlmFilmError:
         if self.error is not None:
@@ -244,8 +244,8 @@ def running_batch(batch: Any, *, phase: str, value_range: tuple[float, float] = 
 
 
 def _has_film_existed() -> bool:
-    module = sys.modules.get("vlmfilm_plugin.film.module")
-    return module is not None and bool(module.FilmModule.has_existed)
+    film = sys.modules.get(_FILM)
+    return film is not None and bool(film.FilmModule.has_existed)
 
 
 def _check(optimizer: Any) -> bool:

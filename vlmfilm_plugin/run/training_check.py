@@ -54,7 +54,7 @@ class TrainingCheck:
             suspicion.unets = [before for before in suspicion.unets if _is_unchanged(before)]
             return not suspicion.unets or suspicion.updates >= _ENOUGH
         unets = [unet for unet in unets_with_film() if _is_meant_to_train(unet)]
-        others = [item for item in gc.get_objects() if issubclass(type(item), Optimizer)]
+        others = living_optimizers()
         if not unets or any([check_membership(unet, [optimizer], others) for unet in unets]):
             return True
         # Flattened or sharded parameters, full-precision masters, or another network's optimizer: what it changes will tell.
@@ -113,9 +113,9 @@ def unets_with_film() -> list[nn.Module]:
     return [item for item in gc.get_objects() if issubclass(type(item), nn.Module) and ATTRIBUTE in vars(item).get("_modules", ())]
 
 
-def has_optimizer() -> bool:
-    """Tell whether this process has an optimizer."""
-    return any(issubclass(type(item), Optimizer) for item in gc.get_objects())
+def living_optimizers() -> list[Optimizer]:
+    """Return the living optimizers of this process."""
+    return [item for item in gc.get_objects() if issubclass(type(item), Optimizer)]
 
 
 def _film_of(unet: nn.Module) -> FilmModule:
