@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from vlmfilm_plugin.errors import HostError
-from vlmfilm_plugin.host_spec import HostSpec, Listing, SourceImage, Steps, UNet, hookimpl
+from vlmfilm_plugin.host_spec import HostSpec, Listing, SourceImage, Steps, UNet, has_arguments, hookimpl, own_class
 
 NAME = "MedSegDiff"
 TARGETS = {"post_block2": "output_blocks.*.0"}
@@ -29,10 +29,10 @@ ISIC_MODES = {"train": "Training", "test": "Test"}
 @hookimpl
 def vlmfilm_host(module: ModuleType) -> HostSpec | None:
     """Describe `guided_diffusion.unet` or `guided_diffusion.gaussian_diffusion`, or return None."""
-    diffusion = _class(module, "GaussianDiffusion")
+    diffusion = own_class(module, "GaussianDiffusion")
     if diffusion is not None:
         return _diffusion(diffusion)
-    if _class(module, "Generic_UNet") is None:
+    if own_class(module, "Generic_UNet") is None:
         return None
     unets = [value for value in vars(module).values() if _is_unet(value, module)]
     return HostSpec(name=NAME, unets=[UNet(cls=cls, targets=TARGETS, channels=channels_of, condition=None) for cls in unets]) if unets else None
@@ -69,9 +69,9 @@ def _isic_images(folder: str, mode: str) -> list[SourceImage]:
 
 
 def _diffusion(cls: Any) -> HostSpec | None:
-    if not _has_arguments(cls, LOSS, {"x_start", "t"}):
+    if not has_arguments(cls, LOSS, {"x_start", "t"}):
         return None
-    samplers = {name: "test" for name in SAMPLERS if _has_arguments(cls, name, {"img"})}
+    samplers = {name: "test" for name in SAMPLERS if has_arguments(cls, name, {"img"})}
     steps = [
         Steps(cls=cls, phases={LOSS: phase_of_loss}, value_range=(0.0, 1.0), batch=batch_of_loss, loaded=loaded_for_loss, is_whole=True),
         Steps(cls=cls, phases=samplers, value_range=(0.0, 1.0), batch=batch_of_sampler, loaded=loaded_for_sampler, is_whole=True),
@@ -123,16 +123,6 @@ def shown(images: Any) -> Any:
 def _is_unet(value: Any, module: ModuleType) -> bool:
     is_own = inspect.isclass(value) and value.__module__ == module.__name__
     # The encoder of a classifier has no decoder, but an argument `pool`.
-    if not is_own or _has_arguments(value, "__init__", {"pool"}):
+    if not is_own or has_arguments(value, "__init__", {"pool"}):
         return False
-    return _has_arguments(value, "__init__", UNET_ARGUMENTS) and _has_arguments(value, "forward", {"x", "timesteps"})
-
-
-def _class(module: ModuleType, name: str) -> Any:
-    value = vars(module).get(name)
-    return value if inspect.isclass(value) and value.__module__ == module.__name__ else None
-
-
-def _has_arguments(cls: Any, method: str, names: set[str]) -> bool:
-    function = getattr(cls, method, None)
-    return function is not None and names <= set(inspect.signature(function).parameters)
+    return has_arguments(value, "__init__", UNET_ARGUMENTS) and has_arguments(value, "forward", {"x", "timesteps"})

@@ -24,7 +24,9 @@ from vlmfilm_plugin.host_spec import (
     SourceImage,
     Steps,
     UNet,
+    has_arguments,
     hookimpl,
+    own_class,
     rows_seen_before,
 )
 
@@ -87,7 +89,7 @@ def _images_of(folder: str, split: str) -> list[SourceImage]:
 
 def _unets(module: ModuleType) -> HostSpec | None:
     # A UNet of this family builds its decoder from ResnetBlocks and is called as unet(x, time, cond).
-    if not _has_arguments(vars(module).get("ResnetBlock"), "forward", {"x"}):
+    if not has_arguments(vars(module).get("ResnetBlock"), "forward", {"x"}):
         return None
     unets = [
         UNet(
@@ -100,15 +102,15 @@ def _unets(module: ModuleType) -> HostSpec | None:
         for value in vars(module).values()
         if inspect.isclass(value)
         and value.__module__ == module.__name__
-        and _has_arguments(value, "__init__", UNET_ARGUMENTS)
-        and _has_arguments(value, "forward", {"x", "time", "cond"})
+        and has_arguments(value, "__init__", UNET_ARGUMENTS)
+        and has_arguments(value, "forward", {"x", "time", "cond"})
     ]
     return HostSpec(name=NAME, unets=unets) if unets else None
 
 
 def _models(module: ModuleType) -> HostSpec | None:
-    found = [_class(module, name) for name in vars(module)]
-    models = [cls for cls in found if _has_arguments(cls, "__init__", {"arch_name"}) and hasattr(cls, "load_from_checkpoint")]
+    found = [own_class(module, name) for name in vars(module)]
+    models = [cls for cls in found if has_arguments(cls, "__init__", {"arch_name"}) and hasattr(cls, "load_from_checkpoint")]
     if not models:
         return None
     steps = [
@@ -119,15 +121,15 @@ def _models(module: ModuleType) -> HostSpec | None:
 
 
 def _runner(module: ModuleType) -> HostSpec | None:
-    runner = _class(module, "TrainRunner")
-    if not _has_arguments(runner, "__init__", {"config"}):
+    runner = own_class(module, "TrainRunner")
+    if not has_arguments(runner, "__init__", {"config"}):
         return None
     return HostSpec(name=NAME, configs=[Config(cls=runner, method="__init__", read=read_config, resume=read_resume)])
 
 
 def _datasets(module: ModuleType) -> HostSpec | None:
-    dataset = _class(module, "BaseOCTDataset")
-    if not _has_arguments(dataset, "__init__", {"path", "augmentation"}):
+    dataset = own_class(module, "BaseOCTDataset")
+    if not has_arguments(dataset, "__init__", {"path", "augmentation"}):
         return None
     return HostSpec(name=NAME, image_files=[ImageFiles(cls=dataset, read=read_image_files)])
 
@@ -139,7 +141,7 @@ def own_film_of_model(arguments: Mapping[str, Any]) -> str | None:
 
 def own_film_of_class(cls: type, unet: Any) -> str | None:
     """Tell how to use the plugin where a UNet built by hand is of a subclass with FiLM in its own forward."""
-    is_own = type(unet).forward is not cls.forward and _has_arguments(type(unet), "forward", {OWN_CONDITION})  # type: ignore[attr-defined]
+    is_own = type(unet).forward is not cls.forward and has_arguments(type(unet), "forward", {OWN_CONDITION})  # type: ignore[attr-defined]
     return f"build {cls.__name__} instead of {type(unet).__name__}" if is_own else None
 
 
@@ -198,13 +200,3 @@ def rows_of(view: RowView) -> Sequence[int] | None:
     # Several images a batch: windows of a call mix them. Only whole images, passed as they are, can be told apart.
     is_whole = view.condition is not None and view.condition.shape == view.image.shape and bool((view.condition == view.image).all())
     return range(view.rows) if is_whole else None
-
-
-def _class(module: ModuleType, name: str) -> Any:
-    value = vars(module).get(name)
-    return value if inspect.isclass(value) and value.__module__ == module.__name__ else None
-
-
-def _has_arguments(cls: Any, method: str, names: set[str]) -> bool:
-    function = getattr(cls, method, None)
-    return function is not None and names <= set(inspect.signature(function).parameters)

@@ -19,7 +19,7 @@ Owns the shape of a message: what could not be done, the facts (found before exp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 class VlmFilmError(RuntimeError):
@@ -48,6 +48,11 @@ class VlmFilmError(RuntimeError):
     def __reduce__(self) -> tuple[object, ...]:
         # Workers hand errors to their parent by pickle; args alone would lose the facts.
         return type(self), (self.headline, self.facts, self.fix)
+
+
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """Return names as one text, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class Interrupted(KeyboardInterrupt):

@@ -6,6 +6,7 @@ no torch and cannot forget to undo, to keep a signature, or to fail closed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -66,6 +67,18 @@ def rows_seen_before(view: RowView) -> tuple[bool, Sequence[int] | None]:
         return True, samples
     found = [{samples[place] for place, same in enumerate((condition == row).flatten(1).all(1).tolist()) if same} for row in view.condition]
     return any(found), [next(iter(each)) for each in found] if all(len(each) == 1 for each in found) else None
+
+
+def own_class(module: ModuleType, name: str) -> Any:
+    """Return the class of this name that a module defines itself; None where it imports it, or has none."""
+    value = vars(module).get(name)
+    return value if inspect.isclass(value) and value.__module__ == module.__name__ else None
+
+
+def has_arguments(cls: Any, method: str, names: set[str]) -> bool:
+    """Tell whether a class has a method with arguments of these names."""
+    function = getattr(cls, method, None)
+    return function is not None and names <= set(inspect.signature(function).parameters)
 
 
 def first_argument(arguments: Mapping[str, Any]) -> Any:

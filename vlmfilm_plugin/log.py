@@ -18,6 +18,12 @@ def is_rank_zero() -> bool:
     return next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), "0") in {"", "0"}
 
 
+def say(text: str) -> None:
+    """Write a line to stderr: of activation, before there is a run whose lines could be logged; every process speaks."""
+    sys.stderr.write(f"{ROOT}: {text}\n")
+    sys.stderr.flush()
+
+
 class _StdoutHandler(logging.Handler):
     """Write to whatever sys.stdout is at that moment: notebooks and progress bars replace it."""
 

@@ -82,10 +82,11 @@ def adapt(model: nn.Module, checkpoint: MutableMapping[str, Any], settings: Sett
 
 def as_the_model_names(model: nn.Module, state: MutableMapping[str, Any]) -> None:
     """Rename the tensors of a state dict, in place and in order, where they differ from a model's by what wrappers put into names alone."""
-    wanted = {_unwrapped(name): name for name in model.state_dict() if MARKER not in name}
+    own = [name for name in model.state_dict() if MARKER not in name]
     host = [name for name in state if MARKER not in name]
-    found = {_unwrapped(name) for name in host}
-    if not host or set(host) == set(wanted.values()) or found != set(wanted) or len(found) != len(host) or len(wanted) < len(found):
+    wanted, found = {_unwrapped(name): name for name in own}, {_unwrapped(name) for name in host}
+    is_unique = len(host) == len(found) == len(own)
+    if not host or set(host) == set(own) or found != set(wanted) or not is_unique:
         return
     prefixes = {_unwrapped(name): name for name, module in model.named_modules() if isinstance(module, FilmModule)}
 

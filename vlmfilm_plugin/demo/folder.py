@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from vlmfilm_plugin.errors import VlmFilmError
+from vlmfilm_plugin.errors import Interrupted, VlmFilmError
+from vlmfilm_plugin.files import cannot_write
 
 # There from the first to the last moment of a demo, and locked by its process.
 UNFINISHED = "demo-unfinished"
@@ -48,6 +49,25 @@ def demo_folder(folder: str | os.PathLike[str]) -> Iterator[tuple[Path, int]]:
             _remove(root / name)
         yield root, file.fileno()
         mark.unlink()
+
+
+@contextmanager
+def one_demo(folder: str | os.PathLike[str]) -> Iterator[tuple[Path, int]]:
+    """Hold a folder for one demo, as `demo_folder`; what goes wrong with it, and Ctrl-C, are said in its words.
+
+    Raises:
+        DemoError: it holds something else, or cannot be written.
+        Interrupted: Ctrl-C; the next demo in the folder starts over.
+    """
+    try:
+        with demo_folder(folder) as held:
+            yield held
+    except BrokenPipeError:
+        raise  # of whoever reads what a demo says
+    except OSError as error:
+        raise cannot_write(folder, "the demo's files", error, DemoError) from error
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"what there is lies in {folder}; the same command starts over there") from stop
 
 
 def _in_use(root: Path, found: str) -> DemoError:

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmfilm_plugin.demo.folder import DemoError, demo_folder
+from vlmfilm_plugin.demo.folder import DemoError, one_demo
 from vlmfilm_plugin.demo.pictures import make_pictures
 from vlmfilm_plugin.demo.real_weights import fetch
 from vlmfilm_plugin.demo.run import copy_host, digest
 from vlmfilm_plugin.demo.scripts import HostScripts, Say
-from vlmfilm_plugin.errors import Interrupted
-from vlmfilm_plugin.files import cannot_write
 
 _TRAIN, _TEST, _STEPS = 384, 144, 400
 _QUICK = (24, 12, 20)
@@ -68,15 +66,8 @@ def run_pictures(
         DemoError: as `run_demo`; no scikit-image.
         Interrupted: Ctrl-C.
     """
-    try:
-        with demo_folder(folder) as (root, lock):
-            return _run(HostScripts(root, lock, say), seed, steps, quick, weights)
-    except BrokenPipeError:
-        raise  # of whoever reads what `say` prints
-    except OSError as error:
-        raise cannot_write(folder, "the demo's files", error, DemoError) from error
-    except KeyboardInterrupt as stop:
-        raise Interrupted(f"what there is lies in {folder}; the same command starts over there") from stop
+    with one_demo(folder) as (root, lock):
+        return _run(HostScripts(root, lock, say), seed, steps, quick, weights)
 
 
 def _run(run: HostScripts, seed: int, steps: int | None, quick: bool, weights: str) -> PicturesResult:

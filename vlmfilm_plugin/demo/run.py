@@ -16,10 +16,8 @@ from typing import Any
 import yaml
 
 from vlmfilm_plugin.demo.dataset import make_dataset
-from vlmfilm_plugin.demo.folder import DemoError, demo_folder
+from vlmfilm_plugin.demo.folder import DemoError, one_demo
 from vlmfilm_plugin.demo.scripts import HostScripts, Say
-from vlmfilm_plugin.errors import Interrupted
-from vlmfilm_plugin.files import cannot_write
 from vlmfilm_plugin.settings.yaml_file import loads
 
 HOST = Path(__file__).parent / "host"
@@ -76,15 +74,8 @@ def run_demo(folder: str | Path, *, seed: int = 0, steps: int | None = None, qui
         DemoError: the folder holds something else or cannot be written, a script failed (with the end of its log), or the host's files changed.
         Interrupted: Ctrl-C; the next demo in the folder starts over.
     """
-    try:
-        with demo_folder(folder) as (root, lock):
-            return _run(_Run(root, lock, say), seed, steps or (_QUICK_STEPS if quick else _STEPS), quick)
-    except BrokenPipeError:
-        raise  # of whoever reads what `say` prints
-    except OSError as error:
-        raise cannot_write(folder, "the demo's files", error, DemoError) from error
-    except KeyboardInterrupt as stop:
-        raise Interrupted(f"what there is lies in {folder}; the same command starts over there") from stop
+    with one_demo(folder) as (root, lock):
+        return _run(_Run(root, lock, say), seed, steps or (_QUICK_STEPS if quick else _STEPS), quick)
 
 
 def _run(run: _Run, seed: int, steps: int, quick: bool) -> DemoResult:

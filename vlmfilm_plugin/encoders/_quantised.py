@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vlmfilm_plugin.errors import EncoderError
+from vlmfilm_plugin.errors import EncoderError, some_of
 
 # As safetensors writes them; a tensor's own dtype is brought to these by `dtype_code`.
 _WHOLE = frozenset({"F64", "F32", "F16", "BF16"})
@@ -75,7 +75,7 @@ def _is_below(key: str, module: str) -> bool:
 
 def quantised(model: str, config: Any, found: Mapping[str, str]) -> EncoderError:
     """Return the error about quantised weights."""
-    shown = ", ".join(f"{key} {dtype}" for key, dtype in list(found.items())[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    shown = some_of([f"{key} {dtype}" for key, dtype in found.items()])
     said = getattr(config, "quantization_config", None) or {}
     method = said.get("quant_method") if isinstance(said, Mapping) else getattr(said, "quant_method", None)
     facts = {"model": model, "format": method or "not stated in config.json", "found": shown, "expected": "weights in float16, bfloat16 or float32"}

@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from vlmfilm_plugin.encoders._quantised import dtype_code, marks, quantised
-from vlmfilm_plugin.errors import EncoderError
+from vlmfilm_plugin.errors import EncoderError, some_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,8 +127,7 @@ class WeightFiles:
 
 def incomplete(model: str, label: str, names: Sequence[str], expected: str) -> EncoderError:
     """Return the error about weights that a checkpoint lacks; `label` says in which way."""
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    facts = {"model": model, label: shown, "expected": expected}
+    facts = {"model": model, label: some_of(names), "expected": expected}
     return EncoderError("cannot use these weights: some are missing", facts, "download the model again; its files are not complete")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from vlmfilm_plugin.errors import SettingsError
+from vlmfilm_plugin.errors import SettingsError, some_of
 from vlmfilm_plugin.film.module import film_modules
 from vlmfilm_plugin.settings.record import Settings
 
@@ -46,10 +46,9 @@ def refuse_unfrozen(model: nn.Module, origin: str) -> None:
     film = {id(parameter) for module in film_modules(model) for parameter in module.parameters()}
     training = [name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in film]
     if training:
-        more = f" and {len(training) - 3} more" if len(training) > 3 else ""
         raise SettingsError(
             f"the host's parameters would train although this {type(model).__name__} is frozen",
-            {"found": f"{', '.join(training[:3])}{more} require grad", "expected": f"FiLM's alone   (freeze_host true, from {origin})"},
+            {"found": f"{some_of(training)} require grad", "expected": f"FiLM's alone   (freeze_host true, from {origin})"},
             "build every layer before FiLM is attached, or take `freeze_host` out",
         )
 

@@ -23,6 +23,7 @@ from vlmfilm_plugin.errors import SettingsError, VlmFilmError
 from vlmfilm_plugin.hosts.explain import nothing_attached
 from vlmfilm_plugin.hosts.import_watch import is_initialising, refuse_import, when_ready, when_reloaded
 from vlmfilm_plugin.hosts.training_watch import TrainingWatch
+from vlmfilm_plugin.log import say
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE, STRICT_VARIABLE, is_strict, read_mode, refuse_changed_mode
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Activation:
             for adapter in adapters:
                 self.registry.load(adapter)
             for broken, error in self.registry.failures[known:]:
-                _say(f"host adapter {broken} cannot be loaded: {type(error).__name__}: {error}")
+                say(f"host adapter {broken} cannot be loaded: {type(error).__name__}: {error}")
             spec = self.registry.recognise(module)
             if spec is None:
                 self.seen[name] = "its structure is not that of a known host"
@@ -188,11 +189,11 @@ class Activation:
         is_stopped = self.training.has_refused or any(fate.startswith("stopped") for fate in self.seen.values())
         if is_attached or is_stopped or not (self.seen or self.training.network):
             return
-        _say(f"WARNING: {MODE_VARIABLE}={self.environ.get(MODE_VARIABLE)} was set, but VLM-FiLM was NOT active in this process: nothing was attached")
+        say(f"WARNING: {MODE_VARIABLE}={self.environ.get(MODE_VARIABLE)} was set, but VLM-FiLM was NOT active in this process: nothing was attached")
         for name, fate in self.seen.items():
-            _say(f"  {name}: {fate}")
+            say(f"  {name}: {fate}")
         if not self.seen:
-            _say(f"  {self.training.network} ran, and no module that a host adapter names was imported (`vlmfilm doctor` lists them)")
+            say(f"  {self.training.network} ran, and no module that a host adapter names was imported (`vlmfilm doctor` lists them)")
 
 
 _activation: Activation | None = None
@@ -213,7 +214,7 @@ def activate() -> Activation:
     if _activation is None:
         _activation = Activation()
         if _activation.error is not None:
-            _say(" ".join(str(_activation.error).split()))
+            say(" ".join(str(_activation.error).split()))
         atexit.register(_activation.report_at_exit)
     else:
         refuse_changed_mode(_activation.environ.get(MODE_VARIABLE))
@@ -257,8 +258,3 @@ def _training_check() -> TrainingCheck:
     from vlmfilm_plugin.run.training_check import TrainingCheck
 
     return TrainingCheck()
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"vlmfilm: {text}\n")
-    sys.stderr.flush()

@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint
 from types import ModuleType
 
 from vlmfilm_plugin.entry_points import package_of
-from vlmfilm_plugin.errors import HostError
+from vlmfilm_plugin.errors import HostError, some_of
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE, STRICT_VARIABLE
 
 
@@ -30,7 +30,7 @@ def nothing_attached(
     facts |= {f"imported {name}": fate for name, fate in seen.items()}
     facts |= {f"host adapter {name}": f"cannot be loaded: {type(error).__name__}: {error}" for name, error in failures.items()}
     if unets := sorted(_unets()):
-        facts["UNets"] = ", ".join(unets[:6]) + (f" and {len(unets) - 6} more" if len(unets) > 6 else "")
+        facts["UNets"] = some_of(unets, 6)
     absent = [name for name in entries if name not in seen]
     for package in sorted({package_of(entry) for name in absent for entry in entries[name]}):
         names = [name for name in absent if package in map(package_of, entries[name])]

@@ -14,6 +14,7 @@ from weakref import WeakSet
 
 from vlmfilm_plugin.errors import VlmFilmError
 from vlmfilm_plugin.hosts.import_watch import when_ready
+from vlmfilm_plugin.log import say
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -102,7 +103,7 @@ class TrainingWatch:
             except VlmFilmError as error:
                 if self._is_strict:
                     raise
-                _say(f"WARNING: {error}")
+                say(f"WARNING: {error}")
                 is_known = True
             if is_known:
                 self._judged.add(optimizer)
@@ -111,7 +112,7 @@ class TrainingWatch:
         refusal = self._refusal("an optimizer in compiled code" if optimizer is None else _described(optimizer))
         text = f"{type(refusal).__name__}: {refusal}"
         if not self._is_strict:
-            _say(f"WARNING: {text}")
+            say(f"WARNING: {text}")
             self._judged.add(optimizer)
             return
         sys.stdout.flush()
@@ -156,8 +157,3 @@ def _is_convolutional(network: Any) -> bool:
 def _described(optimizer: Optimizer) -> str:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return f"{type(optimizer).__name__} over {len(parameters)} parameters"
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"vlmfilm: {text}\n")
-    sys.stderr.flush()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -261,8 +260,19 @@ class Runtime:
         if step is None:
             step = self._step_of(owner, phase)
         doing = _doing(owner)
-        given = HostBatch(batch, phase, value_range, rows, step, getattr(owner, "current_epoch", None), batch_idx)
-        given = replace(given, is_fit=doing in (None, "fit"), is_in_fit=doing == "fit", loaded=loaded, is_whole=is_whole)
+        given = HostBatch(
+            batch,
+            phase,
+            value_range,
+            rows,
+            step,
+            getattr(owner, "current_epoch", None),
+            batch_idx,
+            is_fit=doing in (None, "fit"),
+            is_in_fit=doing == "fit",
+            loaded=loaded,
+            is_whole=is_whole,
+        )
         if phase == "train" and self.attached:
             # A host's loop may save by `torch.save` alone, which nothing here sees.
             write_how_to_load_at_exit()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vlmfilm_plugin.errors import HostError
+from vlmfilm_plugin.errors import HostError, some_of
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
 from vlmfilm_plugin.settings.mode import STRICT_VARIABLE
 
@@ -94,7 +94,7 @@ def check_membership(unet: nn.Module, optimizers: Iterable[Optimizer], others: I
         raise HostError(
             headline,
             {
-                "found": f"{_listed(frozen)} of {ATTRIBUTE} do not require grad",
+                "found": f"{some_of(frozen)} of {ATTRIBUTE} do not require grad",
                 "expected": f"all {len(parameters)} of its parameters to require grad in mode {film.mode}",
             },
             f"leave names with {ATTRIBUTE!r} out of what freezes them (a freeze by name, a wrapper that trains its own weights alone); {_GO_ON}",
@@ -102,7 +102,7 @@ def check_membership(unet: nn.Module, optimizers: Iterable[Optimizer], others: I
     held.update(_held(others))
     missing = [name for name, parameter in parameters.items() if id(parameter) not in held]
     if missing:
-        facts = {"found": f"{_listed(missing)} of {ATTRIBUTE} in no optimizer", "expected": f"all {len(parameters)} of its parameters in one"}
+        facts = {"found": f"{some_of(missing)} of {ATTRIBUTE} in no optimizer", "expected": f"all {len(parameters)} of its parameters in one"}
         raise HostError(headline, facts, f"{_FIX}; {_GO_ON}")
     return True
 
@@ -173,8 +173,3 @@ def _local(parameter: Tensor) -> Tensor:
 
 def _is_same(now: Tensor, then: Tensor) -> bool:
     return now.shape == then.shape and torch.equal(now.to(then.device), then)
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"
