@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import multiprocessing
 import os
 import select
 import signal
@@ -12,8 +13,11 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 # For the start of a script: each function under @scenario runs in a fork with a store of its own, and says how it ended.
 SCENARIO = """
@@ -179,3 +183,19 @@ def succeed(result: subprocess.CompletedProcess[str]) -> str:
 def verdicts_of(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
     """Return how each scenario of a script ended: `ok`, or its error; fail where the script itself did."""
     return dict(json.loads(line.removeprefix("VERDICT ")) for line in succeed(result).splitlines() if line.startswith("VERDICT "))
+
+
+@contextmanager
+def forked_worker(work: Callable[..., None], *arguments: object) -> Iterator[tuple[Any, Connection]]:
+    """Run `work(connection, *arguments)` in a fork of this process; give it and this end of its pipe, and kill it at the end."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    worker = context.Process(target=work, args=(there, *arguments))
+    worker.start()
+    there.close()
+    try:
+        yield worker, here
+    finally:
+        worker.kill()
+        worker.join()
+        here.close()

@@ -121,13 +121,17 @@ def read_everywhere(path: Path, folder: Path, others: tuple[Path, Path]) -> list
     return said
 
 
-class Payloads(Kind):
-    name, full, short = "payload in checkpoint", 720, 24
+class _OfCheckpoints(Kind):
+    """Attempts that begin with a checkpoint of ours, exported weights, and a plain one."""
 
     def prepare(self, folder: Path) -> None:
         self.content = torch.load(made.film_checkpoint(folder / "film.ckpt"), weights_only=True)
         self.others = folder / "weights", made.film_checkpoint(folder / "plain.ckpt", with_film=False)
         export_adapter(folder / "film.ckpt", self.others[0])
+
+
+class Payloads(_OfCheckpoints):
+    name, full, short = "payload in checkpoint", 720, 24
 
     def attempt(self, number: int, folder: Path, chance: random.Random) -> str:
         fuse, path = folder / FUSE, folder / "someones.ckpt"
@@ -175,13 +179,11 @@ KEYS = (
 )  # fmt: skip
 
 
-class StrangeCheckpoints(Kind):
+class StrangeCheckpoints(_OfCheckpoints):
     name, full, short = "strange checkpoint", 600, 24
 
     def prepare(self, folder: Path) -> None:
-        self.content = torch.load(made.film_checkpoint(folder / "film.ckpt"), weights_only=True)
-        self.others = folder / "weights", made.film_checkpoint(folder / "plain.ckpt", with_film=False)
-        export_adapter(folder / "film.ckpt", self.others[0])
+        super().prepare(folder)
         self.places = [*PLACES, ("state_dict",), *(("vlm_film", "architecture", name) for name in self.content["vlm_film"]["architecture"])]
         self.places += [("state_dict", name) for name in self.content["state_dict"]]
 

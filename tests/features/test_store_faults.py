@@ -12,14 +12,14 @@ import shutil
 import signal
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import forked_worker
 
 from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
@@ -44,21 +44,6 @@ def assert_whole(folder: Path) -> None:
     with opened(folder) as file:
         found = verify(file)
     assert found.is_sound, (found.damaged[:3], found.problems)
-
-
-@contextmanager
-def child(work: Callable[..., None], *arguments: object) -> Iterator[tuple[Any, Any]]:
-    """Run `work(connection, *arguments)` in a real process; give it and this end of its pipe."""
-    here, there = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=work, args=(there, *arguments))
-    process.start()
-    there.close()
-    try:
-        yield process, here
-    finally:
-        process.kill()
-        process.join()
-        here.close()
 
 
 def kill_after(process: Any, reports: Any, moments: random.Random) -> list[Any]:
@@ -96,7 +81,7 @@ def test_a_training_killed_at_random_moments_loses_nothing_that_was_committed(tm
     moments = random.Random(0)
     committed: list[str] = []
     for run in range(KILLS):
-        with child(write_as_training_does, str(tmp_path), run) as (process, reports):
+        with forked_worker(write_as_training_does, str(tmp_path), run) as (process, reports):
             said = kill_after(process, reports, moments)
         committed += [key for keys in said for key in keys]
         with FeatureStore(tmp_path) as store:
@@ -129,7 +114,7 @@ def test_a_warm_up_killed_at_random_moments_loses_one_batch_and_goes_on(tmp_path
         Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)).save(images / f"{number}.png")
     identity, stored = DescriptorEncoder().identity, 0
     for _ in range(KILLS):
-        with child(warm_up_and_report, str(images), str(folder)) as (process, reports):
+        with forked_worker(warm_up_and_report, str(images), str(folder)) as (process, reports):
             said = kill_after(process, reports, moments)
         with FeatureStore(folder) as store:
             now = store.count(identity)
@@ -160,7 +145,7 @@ def fill_the_disk(reports: Any, folder: str) -> None:
 
 
 def test_a_full_disk_is_a_store_error_and_keeps_what_was_committed(tmp_path: Path) -> None:
-    with child(fill_the_disk, str(tmp_path)) as (process, reports):
+    with forked_worker(fill_the_disk, str(tmp_path)) as (process, reports):
         said = [reports.recv()]
         while not isinstance(said[-1], list):
             said.append(reports.recv())
@@ -186,7 +171,7 @@ def test_a_full_disk_stops_a_warm_up(tmp_path: Path) -> None:
     (tmp_path / "imgs").mkdir()
     for number in range(200):
         Image.new("L", (8, 8), 37 * number % 256).save(tmp_path / "imgs" / f"{number}.png")
-    with child(fill_the_disk_in_warm_up, str(tmp_path / "imgs"), str(tmp_path / "cache")) as (_, reports):
+    with forked_worker(fill_the_disk_in_warm_up, str(tmp_path / "imgs"), str(tmp_path / "cache")) as (_, reports):
         assert reports.poll(30) and "cannot" in reports.recv()
 
 

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from denied_locks import deny_locks
-from without_rights import FORK, run_without_rights
+from processes import forked_worker
+from without_rights import run_without_rights
 
 from vlmfilm_plugin.encoders.base import EncoderIdentity
 from vlmfilm_plugin.errors import StoreError
@@ -53,20 +53,6 @@ def locked_folder(folder: Path) -> Iterator[None]:
         folder.chmod(0o700)
         for path in folder.iterdir():
             path.chmod(0o600)
-
-
-@contextmanager
-def process(work: Any, *arguments: object) -> Iterator[tuple[Any, Connection]]:
-    """Run `work(connection, *arguments)` in a forked process; give it and this end of its pipe."""
-    here, there = FORK.Pipe()
-    child = FORK.Process(target=work, args=(there, *arguments))
-    child.start()
-    there.close()
-    try:
-        yield child, here
-    finally:
-        child.kill()
-        child.join()
 
 
 def write_when_told(orders: Connection, folder: Path) -> None:
@@ -108,13 +94,13 @@ def test_a_reader_without_rights_sees_what_another_process_commits_and_never_ano
     folder = tmp_path / "s"
     with FeatureStore(folder) as store:
         store.write(A, rows("old"))
-    with process(write_when_told, folder) as (_, writer), locked_folder(folder):
+    with forked_worker(write_when_told, folder) as (_, writer), locked_folder(folder):
         assert run_without_rights(read_while_another_writes, folder, writer) == [1, 2, 3, 4]
 
 
 def killed(folder: Path, count: int) -> None:
     """Leave the files of a writer that was killed: everything is in its log."""
-    with process(write_when_told, folder) as (child, writer):
+    with forked_worker(write_when_told, folder) as (child, writer):
         for number in range(count):
             tell(writer, f"k{number}")
         os.kill(child.pid, signal.SIGKILL)
@@ -154,7 +140,7 @@ def test_a_reader_of_a_private_copy_sees_later_rows(tmp_path: Path) -> None:
             store.write(A, rows(order))
         orders.send("done")
 
-    with process(write_late, folder) as (_, writer), locked_folder(folder):
+    with forked_worker(write_late, folder) as (_, writer), locked_folder(folder):
         assert run_without_rights(read_twice, folder, writer) == [3, 4]
 
 
@@ -298,7 +284,7 @@ def test_a_store_that_is_only_read_is_not_written(tmp_path: Path) -> None:
 
 
 def test_the_last_of_several_processes_leaves_one_file(tmp_path: Path) -> None:
-    with process(write_when_told, tmp_path) as (child, writer):
+    with forked_worker(write_when_told, tmp_path) as (child, writer):
         tell(writer, "theirs")
         with FeatureStore(tmp_path) as store:
             store.write(A, rows("mine"))
@@ -322,7 +308,7 @@ def test_a_second_store_of_one_process_ends_no_lock_of_the_first(tmp_path: Path)
         with store._file.writing("write"):
             with FeatureStore(tmp_path) as other:  # opening and closing another handle of a file ends all POSIX locks of a process
                 assert other.keys(A) == ["mine"]
-            with process(try_to_write, tmp_path) as (_, said):
+            with forked_worker(try_to_write, tmp_path) as (_, said):
                 assert "locked" in said.recv()
 
 
@@ -346,7 +332,7 @@ def without_locks(reports: Connection, folder: Path) -> None:
 def test_a_file_system_without_locks_is_named_at_once_and_can_be_read(tmp_path: Path) -> None:
     with FeatureStore(tmp_path) as store:
         store.write(A, rows("k"))
-    with process(without_locks, tmp_path) as (_, reports):
+    with forked_worker(without_locks, tmp_path) as (_, reports):
         result = reports.recv()
     if result is None:
         pytest.skip("locks cannot be denied here")
@@ -370,7 +356,7 @@ def lose_locks(reports: Connection, folder: Path) -> None:
 
 
 def test_locks_that_are_gone_while_a_process_runs_are_named(tmp_path: Path) -> None:
-    with process(lose_locks, tmp_path) as (_, reports):
+    with forked_worker(lose_locks, tmp_path) as (_, reports):
         said = reports.recv()
     if said is None:
         pytest.skip("locks cannot be denied here")
@@ -395,7 +381,7 @@ def test_a_network_file_system_has_no_log_that_other_machines_do_not_see(on_nfs:
     with FeatureStore(on_nfs) as store:
         store.write(A, rows("k"))
         assert os.listdir(on_nfs) == ["features.sqlite"]
-        with process(write_when_told, on_nfs) as (_, writer):
+        with forked_worker(write_when_told, on_nfs) as (_, writer):
             tell(writer, "theirs")
         assert store.keys(A) == ["k", "theirs"]
 
@@ -411,7 +397,7 @@ def test_a_store_that_was_left_in_wal_mode_is_brought_back_on_a_network_file_sys
 def test_two_machines_at_once_are_refused_where_one_has_a_log_open(on_nfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as local:
         local.setattr(file_systems, "_MOUNTS", Path("/no such file"))
-        writer = process(write_when_told, on_nfs)
+        writer = forked_worker(write_when_told, on_nfs)
         _, orders = writer.__enter__()
         tell(orders, "k")
     with pytest.raises(StoreError, match="two machines at once"):

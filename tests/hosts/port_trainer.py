@@ -10,11 +10,9 @@ place.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +24,11 @@ os.chdir(repo)
 
 import lightning as L  # noqa: E402 - after the working directory
 import torch  # noqa: E402
+from small_machine import provide_torchvision  # noqa: E402
 from torch import nn  # noqa: E402
 
 torch.set_num_threads(1)
-if importlib.util.find_spec("torchvision") is None:
-    import torchmetrics  # noqa: F401 - it looks for torchvision itself and must not find the stand-in
-
-    package, utils = types.ModuleType("torchvision"), types.ModuleType("torchvision.utils")
-    utils.make_grid = lambda images, **_: torch.cat(list(images), dim=-1)  # type: ignore[attr-defined]
-    package.utils = utils  # type: ignore[attr-defined]
-    sys.modules |= {"torchvision": package, "torchvision.utils": utils}
+provide_torchvision()
 
 import src.losses  # noqa: E402 - registers them
 import src.registry  # noqa: E402, F401 - first: the repo imports itself in a circle

@@ -5,15 +5,14 @@ python sofl_launcher.py REPO/scripts/train.py ARGUMENTS...
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import runpy
 import sys
-import types
 from typing import Any
 
 import torch
+from small_machine import provide_torchvision
 from torch.utils.data import DataLoader
 
 script = os.path.abspath(sys.argv[1])
@@ -31,13 +30,7 @@ def without_workers(self: Any, *args: Any, **kwargs: Any) -> None:
 
 DataLoader.__init__ = without_workers  # type: ignore[method-assign]
 
-if importlib.util.find_spec("torchvision") is None:
-    import torchmetrics  # noqa: F401 - it looks for torchvision itself and must not find the stand-in
-
-    package, utils = types.ModuleType("torchvision"), types.ModuleType("torchvision.utils")
-    utils.make_grid = lambda images, **_: torch.cat(list(images), dim=-1)  # type: ignore[attr-defined]
-    package.utils = utils  # type: ignore[attr-defined]
-    sys.modules |= {"torchvision": package, "torchvision.utils": utils}
+provide_torchvision()
 
 # The host seeds nothing; MONAI's transforms take their seeds from MONAI.
 from monai.utils import set_determinism  # noqa: E402 - after the stand-in

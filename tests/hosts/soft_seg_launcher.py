@@ -7,14 +7,13 @@ PROBE=condition has `row_probe` write whose feature each row got.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import runpy
 import sys
-import types
 from typing import Any
 
 import torch
+from small_machine import provide_torchvision
 from torch.utils.data import DataLoader
 
 script = os.path.abspath(sys.argv[1])
@@ -36,13 +35,7 @@ def with_workers(self: Any, *args: Any, **kwargs: Any) -> None:
 
 DataLoader.__init__ = with_workers  # type: ignore[method-assign]
 
-if importlib.util.find_spec("torchvision") is None:
-    import torchmetrics  # noqa: F401 - it looks for torchvision itself and must not find the stand-in
-
-    package, utils = types.ModuleType("torchvision"), types.ModuleType("torchvision.utils")
-    utils.make_grid = lambda images, **_: torch.cat(list(images), dim=-1)  # type: ignore[attr-defined]
-    package.utils = utils  # type: ignore[attr-defined]
-    sys.modules |= {"torchvision": package, "torchvision.utils": utils}
+provide_torchvision()
 if os.environ.get("PROBE"):
     import row_probe
 
