@@ -93,7 +93,7 @@ class Masks:
     Functions of a module, not lambdas: they are copied and pickled with the UNet.
 
     Attributes:
-        state: the UNet's input x (R, C, H, W) -> the mask in it (R, 1, H, W), in [0, 1].
+        state: the UNet's input x (R, C, H, W), as `UNet.x` says -> the mask in it (R, 1, H, W), in [0, 1].
         prediction: what the UNet's forward returns -> the logits of its mask (R, 1, H, W): their sigmoid is the mask.
         truth: the batch -> its ground truth (B, 1, H, W), in [0, 1].
     """
@@ -103,26 +103,65 @@ class Masks:
     truth: Callable[[Any], Any] | None = None
 
 
+# Module paths as in `named_modules()`: a pattern, several of them, or a function of the built UNet that returns paths. In a pattern `*` stands
+# for one component or a part of one, `**` for any number of components, and `re:` begins a regular expression of the whole path.
+Paths = str | Sequence[str] | Callable[[Any], Sequence[str]]
+
+# The decoder's stages, bottleneck first; each is a pattern or several, in order of execution. Or a function of the built UNet that returns them.
+Stages = Sequence[str | Sequence[str]] | Callable[[Any], Sequence[str | Sequence[str]]]
+
+# C of a block's output: for all blocks, by path (or pattern), or as a function of the block.
+Channels = int | Mapping[str, int] | Callable[[Any], int]
+
+# A value in a call of the UNet: the name of an argument of `forward`, or a function of the arguments by name, those that were given.
+OfCall = str | Callable[[Mapping[str, Any]], Any]
+
+BLOCKS = ("all", "last")
+
+
 @dataclass(frozen=True, kw_only=True)
 class UNet:
     """A UNet class: FiLM is attached when its `__init__` returns.
 
+    Nothing has run by then: what is stated here, and what is read off the blocks where it is not, is verified in the first forward, which
+    stops the run where it differs. Functions are functions of a module, not lambdas: they may be copied and pickled with the UNet.
+
     Attributes:
         cls: the class.
-        targets: apply point -> module path pattern of the blocks, `*` for one component: `{"post_block2": "ups.*.1"}`.
-        channels: block -> C, the channels of its output; None reads them off the block's last convolution.
-        condition: name of the argument of `forward` that holds the condition image, or None.
+        targets: apply point -> the blocks whose output is modulated: `{"post_block2": "ups.*.1"}`. None of them lies inside another.
+        stages: which blocks are one decoder stage. A stage is a resolution: its blocks have one spatial size, stage 0 is next to the
+            bottleneck, each further one is larger. A block belongs to the stage that names it, or a module around it: with targets
+            `ups.*.resnets.*`, `["ups.0", "ups.1"]` are two stages. Every block belongs to exactly one stage, and every stage has one; a stage's
+            blocks are in order of execution. None: each block is a stage, where the paths are plainly numbered from the bottleneck: they
+            differ in one component, which counts 0, 1, 2, ...; anything else is refused, as no order can be read off it.
+        blocks: which blocks of a stage carry FiLM, each with a head of its own: `all`, or its `last`. The setting `blocks` wins.
+        channels: C, the channels of a block's output. None reads them off blocks of one convolution, and off `block2.proj` in a ResnetBlock
+            of the MedSegDiff kind; of others they are not guessed.
+        rank: the number of spatial dimensions of a block's output, 1 to 3; tokens (B, N, C) have one. None reads it off the block's
+            convolutions, which must be of one rank.
+        channel_axis: 1 for (B, C, ...), -1 for (B, ..., C). None is 1 for blocks with convolutions, where the first forward bears it out: one
+            in which the last axis could be meant as well is refused; of other blocks it must be stated.
+        output: which element of a block's output is modulated: index in a tuple or list, key of a mapping, name of a dataclass's field.
+            None: the output is a tensor.
+        x: the UNet's input (R, ...), by whose rows features are mapped; None is the first argument of `forward`.
+        condition: the condition image (R, C, H, W), or None where it has none: `"cond"`, or a function for `x[:, :-1]`.
         own_condition: name of the argument of `forward` through which FiLM of the host's own is conditioned, or None: a UNet that carries
             the plugin's FiLM and is called with one stops the run, since two would act.
         own_film: built UNet -> how to use the plugin's FiLM instead, in a sentence, where its class applies FiLM itself; such a UNet is
             left to its owner. Not asked for a UNet that is built inside a `Model` with an `own_film`: the model decides.
-        masks: where the mask is that spatial gates look at.
+        masks: where the mask is that spatial gates look at, which need blocks of rank 2.
     """
 
     cls: type
-    targets: Mapping[str, str]
-    channels: Callable[[Any], int] | None = None
-    condition: str | None = "cond"
+    targets: Mapping[str, Paths]
+    stages: Stages | None = None
+    blocks: str = "all"
+    channels: Channels | None = None
+    rank: int | None = None
+    channel_axis: int | None = None
+    output: int | str | None = None
+    x: OfCall | None = None
+    condition: OfCall | None = "cond"
     own_condition: str | None = None
     own_film: Callable[[Any], str | None] | None = None
     masks: Masks = Masks()
