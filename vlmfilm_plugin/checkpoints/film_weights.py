@@ -90,7 +90,11 @@ def apply_adapter(adapter: str | Path, checkpoint: str | Path, out: str | Path, 
     if is_bare:
         content = merged
     else:
-        content |= {"state_dict": merged, METADATA: described, TRAINED_STAGES: [stage["index"] for stage in described["architecture"]["stages"]]}
+        content |= {
+            "state_dict": merged,
+            METADATA: described,
+            TRAINED_STAGES: list(dict.fromkeys(stage["index"] for stage in described["architecture"]["stages"])),
+        }
         content.pop("optimizer_states", None)
     with new_file(out, "the checkpoint", inputs=[adapter, checkpoint], force=force, error=CheckpointError) as file:
         torch.save(content, file)

@@ -14,6 +14,7 @@ from vlmfilm_plugin.checkpoints.facts import GATE_SETTINGS, METADATA, TRAINED_ST
 from vlmfilm_plugin.checkpoints.optimizer_state import remember_names
 from vlmfilm_plugin.checkpoints.soft_seg_layout import from_port
 from vlmfilm_plugin.checkpoints.soft_seg_reading import LATER_ENCODER_SETTINGS, PORT_ENCODER_SETTINGS, PORT_HEADS
+from vlmfilm_plugin.film.architecture import indices_of
 from vlmfilm_plugin.film.module import MARKER, FilmModule, film_modules
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 from vlmfilm_plugin.settings.record import Settings
@@ -50,7 +51,7 @@ def write_metadata(model: nn.Module, settings: Settings, checkpoint: MutableMapp
         "note": NOTE,
         **({} if rows is None else {_ROWS: rows}),
     }
-    checkpoint[TRAINED_STAGES] = [stage.index for stage in architecture.stages]
+    checkpoint[TRAINED_STAGES] = indices_of(architecture.stages)
 
 
 def rows_in(checkpoint: Mapping[str, Any]) -> object:

@@ -22,19 +22,49 @@ from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.settings.parsing import are_steps
 from vlmfilm_plugin.settings.record import Settings
 
-FORMAT = 3
+FORMAT = 4
 """Format of the descriptions that this version writes."""
-READABLE_BY = 3
+READABLE_BY = 4
 """The oldest format whose readers understand them: raise it together with `FORMAT` where the weights would mean something else to those."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A decoder stage that carries FiLM: `index` 0 is next to the bottleneck, `path` its block in the UNet, `channels` its C."""
+    """A block that carries FiLM: `index` its decoder stage, 0 next to the bottleneck, `path` its place in the UNet, `channels` its C.
+
+    `block` is its place among the blocks of its stage, in order of execution; None where the stage has one.
+    """
 
     index: int
     path: str
     channels: int
+    block: int | None = None
+
+    @property
+    def label(self) -> str:
+        """Return its stage, with its block where there are several: `1`, `0.2`."""
+        return str(self.index) if self.block is None else f"{self.index}.{self.block}"
+
+    @property
+    def key(self) -> int | str:
+        """Return what stands for it in a mapping: the number of its stage, or its label where that has several blocks."""
+        return self.index if self.block is None else self.label
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values; a block that is alone in its stage as every format had it."""
+        plain = {"index": self.index, "path": self.path, "channels": self.channels}
+        return plain if self.block is None else plain | {"block": self.block}
+
+
+def indices_of(stages: Sequence[Stage]) -> list[int]:
+    """Return the decoder stages that carry FiLM, each once."""
+    return list(dict.fromkeys(stage.index for stage in stages))
+
+
+def head_names(stages: Sequence[Stage]) -> list[tuple[int, int | None]]:
+    """Return where the head of each block stands among the heads: the place of its stage, and its own where the stage has several."""
+    places = {index: place for place, index in enumerate(indices_of(stages))}
+    return [(places[stage.index], stage.block) for stage in stages]
 
 
 def _is_count(value: object) -> bool:
@@ -42,14 +72,23 @@ def _is_count(value: object) -> bool:
 
 
 def _is_stage(value: object) -> bool:
-    if not isinstance(value, Mapping) or set(value) != {"index", "path", "channels"}:
+    if not isinstance(value, Mapping) or set(value) - {"block"} != {"index", "path", "channels"}:
         return False
-    index, channels = value["index"], value["channels"]
-    return isinstance(value["path"], str) and _is_count(channels) and (index == 0 or _is_count(index)) and not isinstance(index, bool)
+    return isinstance(value["path"], str) and _is_count(value["channels"]) and _is_place(value["index"]) and _is_place(value.get("block", 0))
+
+
+def _is_place(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _are_stages(value: object) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(map(_is_stage, value))
+    if not isinstance(value, list | tuple) or not value or not all(map(_is_stage, value)):
+        return False
+    blocks: dict[int, list[int | None]] = {}
+    for stage in value:
+        blocks.setdefault(stage["index"], []).append(stage.get("block"))
+    is_alone = [found == [None] or (len(found) > 1 and found == list(range(len(found)))) for found in blocks.values()]
+    return all(is_alone)
 
 
 def _is_bound(value: object) -> bool:
@@ -67,7 +106,8 @@ _FLAG = "true or false", lambda value: isinstance(value, bool)
 _TEXT = "text", lambda value: isinstance(value, str)
 _STEPS = "a list of steps: center or standardize, and l2norm", lambda value: isinstance(value, list | tuple) and are_steps(value)
 _CONTROL = "none or constant", lambda value: value in ("none", "constant")
-_STAGES = "one or more stages with index, path and channels", _are_stages
+_STAGES = "one or more stages with index, path and channels, and block where a stage has several", _are_stages
+_BLOCKS = "all or last", lambda value: value in ("all", "last")
 
 
 @dataclass(frozen=True)
@@ -87,6 +127,7 @@ class Architecture:
     feature_transform: tuple[str, ...] = field(default=(), metadata=_says(*_STEPS, "feature_transform"))
     # A control: `constant` conditions every image on the one feature that FiLM holds.
     feature_control: str = field(default="none", metadata=_says(*_CONTROL, "feature_control"))
+    blocks: str = field(default="all", metadata=_says(*_BLOCKS, "blocks"))
     # Of the encoder; a description may lack them.
     fingerprint: str | None = field(default=None, metadata=_says("text, or null", lambda value: value is None or isinstance(value, str)))
     encoder: Mapping[str, object] | None = field(
@@ -95,8 +136,13 @@ class Architecture:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, with the format and the oldest format that reads them."""
-        # To a reader that knows no transform, weights on features as they are mean what they mean here.
-        return {"format": FORMAT, "readable_by": READABLE_BY if self.feature_transform or self.feature_control != "none" else 2, **asdict(self)}
+        return {"format": FORMAT, "readable_by": self._readable_by(), **asdict(self), "stages": [stage.as_dict() for stage in self.stages]}
+
+    def _readable_by(self) -> int:
+        """Return the oldest format whose readers give these weights their meaning: one of transforms need not know of blocks, one before neither."""
+        if self.blocks != "all" or any(stage.block is not None for stage in self.stages):
+            return READABLE_BY
+        return 3 if self.feature_transform or self.feature_control != "none" else 2
 
 
 _FIELDS = {item.name: item for item in fields(Architecture)}
@@ -115,7 +161,7 @@ def as_settings(description: Mapping[str, Any]) -> dict[str, object]:
 
 
 def _setting_value(name: str, value: Any) -> object:
-    return [stage["index"] for stage in value] if name == "stages" else value
+    return list(dict.fromkeys(stage["index"] for stage in value)) if name == "stages" else value
 
 
 def read_extra_state(state: Any) -> Mapping[str, Any]:
@@ -180,6 +226,8 @@ _MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda description: {**description, "format": 2, "readable_by": 1, "head": "film"},
     # Up to format 2 features were used as they are.
     2: lambda description: {**description, "format": 3, "readable_by": 2, "feature_transform": [], "feature_control": "none"},
+    # Up to format 3 a stage was one block.
+    3: lambda description: {**description, "format": 4, "blocks": "all"},
 }
 
 
@@ -192,7 +240,7 @@ def check_architecture(found: Mapping[str, Any], expected: Architecture, former:
     Raises:
         CheckpointError: another encoder (both fingerprints are shown) or another architecture (the differing values are shown).
     """
-    wanted = json.loads(json.dumps(asdict(expected)))
+    wanted = json.loads(json.dumps(expected.as_dict()))
     if found.get("fingerprint") and wanted["fingerprint"] and found["fingerprint"] not in (wanted["fingerprint"], *former):
         raise CheckpointError(
             "cannot load this checkpoint: its FiLM was trained on the features of another encoder",
@@ -202,7 +250,7 @@ def check_architecture(found: Mapping[str, Any], expected: Architecture, former:
             },
             "set `encoder`, `model_name` and the prompt and pixel settings to those of the checkpoint",
         )
-    differing = [name for name in wanted if name not in _OF_ENCODER and found.get(name) != wanted[name]]
+    differing = [name for name in _FIELDS if name not in _OF_ENCODER and found.get(name) != wanted[name]]
     if differing:
         facts = {name: f"{_brief(found.get(name))} in the checkpoint, {_brief(wanted[name])} in this run" for name in differing}
         raise CheckpointError(
@@ -214,7 +262,7 @@ def check_architecture(found: Mapping[str, Any], expected: Architecture, former:
 
 def _brief(value: object) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return ", ".join(f"{item['index']} ({item['path']}, {item['channels']} channels)" for item in value)
+        return ", ".join(f"{Stage(**item).label} ({item['path']}, {item['channels']} channels)" for item in value)
     if isinstance(value, dict):
         return " ".join(f"{key}={item}" for key, item in value.items() if key in {"mode", "model", "prompt"} and item)
     return str(value)

@@ -12,11 +12,12 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmfilm_plugin.errors import ConditionError, SettingsError
 from vlmfilm_plugin.film.gate_view import GateView
 from vlmfilm_plugin.film.junctions import vessel_junctions
+from vlmfilm_plugin.film.layout import Layout
 from vlmfilm_plugin.settings.junctions import JunctionGating
 from vlmfilm_plugin.settings.record import Settings
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from vlmfilm_plugin.film.architecture import Stage
 
 Gate = Callable[[GateView], Tensor | None]
+TWO_DIMENSIONS = Layout()
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,18 @@ class SpatialGate:
     interp: str = "bilinear"
     stages: frozenset[int] | None = None
 
-    def apply(self, stage: int, x: Tensor, y: Tensor) -> Tensor:
-        """Return `x + gate * (y - x)` in x's dtype, the gate resized to x (R, C, h, w); y at a stage that is not gated."""
+    def apply(self, stage: int, x: Tensor, y: Tensor, layout: Layout = TWO_DIMENSIONS) -> Tensor:
+        """Return `x + gate * (y - x)` in x's dtype, the gate resized to x (R, C, h, w); y at a stage that is not gated.
+
+        Raises:
+            ConditionError: x has not two dimensions of space.
+        """
         if self.stages is not None and stage not in self.stages:
             return y
-        if self.interp == "nearest":
-            gate = nn.functional.interpolate(self.values, size=x.shape[-2:], mode="nearest")
-        else:
-            gate = nn.functional.interpolate(self.values, size=x.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
+        if layout.rank != 2:
+            facts = {"found": f"features {tuple(x.shape)}, of {layout.rank} dimensions of space", "expected": "two"}
+            raise ConditionError("cannot apply a spatial gate to these features", facts, "take the gate out")
+        gate = layout.resize(self.values, x, self.interp)
         return torch.lerp(x, y, gate.clamp(0, 1).to(x.dtype).expand_as(x))
 
 

@@ -30,7 +30,10 @@ class Head(Protocol):
         """Return gamma and beta, each (B, C, 1, 1), for cond_vec (B, D); differentiable."""
 
     def modulate(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        """Return the modulated features (B, C, H, W) in x's dtype; torch.compile must be able to follow it."""
+        """Return the modulated features (B, C, H, W) in x's dtype; torch.compile must be able to follow it.
+
+        Features of another rank, or with their channels last, come as (B, C, N, 1), N all positions of space.
+        """
 
     def reset(self) -> None:
         """Set every tensor as in a fresh head, which is the identity."""

@@ -62,7 +62,7 @@ class AdaptiveFiLMHead(nn.Module):
         return gamma, beta
 
     def modulate(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        """Return `gamma * x + beta` (B, C, H, W) in x's dtype."""
+        """Return `gamma * x + beta` in x's dtype; gamma and beta of x's rank."""
         return modulate(x, gamma, beta)
 
     def reset(self) -> None:
@@ -150,7 +150,7 @@ def modulate(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     """Return `gamma * x + beta` in x's dtype.
 
     Shape:
-        x (B, C, H, W); gamma and beta (B, C, 1, 1) -> (B, C, H, W).
+        x (B, C, H, W); gamma and beta (B, C, 1, 1) -> (B, C, H, W); or of any rank, gamma and beta with the size 1 beside rows and channels.
 
     Half-precision features are modulated in the precision of gamma: bfloat16 would round gamma = 1.003 to 1.
     """
@@ -158,9 +158,10 @@ def modulate(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
-def identity_for(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gamma 1 and beta 0 that leave x (B, C, H, W) alone: each (B, C, 1, 1)."""
-    return x.new_ones(*x.shape[:2], 1, 1), x.new_zeros(*x.shape[:2], 1, 1)
+def identity_for(x: Tensor, axis: int = 1) -> tuple[Tensor, Tensor]:
+    """Return the gamma 1 and beta 0 that leave x (B, C, H, W) alone: each (B, C, 1, 1); x of any rank has its channels at `axis`."""
+    shape = x.shape[0], x.shape[axis], 1, 1
+    return x.new_ones(shape), x.new_zeros(shape)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:

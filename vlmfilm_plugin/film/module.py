@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfilm_plugin.errors import CheckpointError
-from vlmfilm_plugin.film.architecture import Architecture, check_architecture, read_extra_state
+from vlmfilm_plugin.film.architecture import Architecture, check_architecture, head_names, read_extra_state
 from vlmfilm_plugin.film.feature_control import ConstantFeature
 from vlmfilm_plugin.film.feature_statistics import Statistics, check_facts, read_facts
 from vlmfilm_plugin.film.feature_transform import FeatureTransform
@@ -78,10 +78,10 @@ class LastForward:
 
 
 class FilmModule(nn.Module):
-    """FiLM of one UNet, held by it under the attribute `vlm_film`: a transform of features, a projection and one head a stage.
+    """FiLM of one UNet, held by it under the attribute `vlm_film`: a transform of features, a projection and one head a block.
 
-    State-dict keys: `image_to_cond.*` or `text_to_cond.*`, `heads.{i}.*`, `feature_transform.*` where there is one and, as `_extra_state`, the
-    architecture as JSON bytes.
+    State-dict keys: `image_to_cond.*` or `text_to_cond.*`, `heads.{i}.*` (`heads.{i}.{block}.*` where a stage has several), `feature_transform.*`
+    where there is one and, as `_extra_state`, the architecture as JSON bytes.
 
     Args:
         is_transform_open: nobody chose the transform of features: a checkpoint that is loaded decides it.
@@ -113,10 +113,13 @@ class FilmModule(nn.Module):
             self.text_to_cond = TextToConditionVector(a.feature_dim, a.cond_dim, a.hidden_dim)
         else:
             self.image_to_cond = ImageToConditionVector(a.feature_dim, a.cond_dim)
-        self.heads = nn.ModuleList(
-            build_head(a.head, HeadShape(a.cond_dim, stage.channels, a.hidden_dim, a.gamma_scale, a.beta_scale, a.use_layernorm))
-            for stage in a.stages
-        )
+        self.heads = nn.ModuleList()
+        for (place, block), stage in zip(head_names(a.stages), a.stages, strict=True):
+            shape = HeadShape(a.cond_dim, stage.channels, a.hidden_dim, a.gamma_scale, a.beta_scale, a.use_layernorm)
+            if block == 0:
+                self.heads.append(nn.ModuleList())
+            (self.heads if block is None else cast(nn.ModuleList, self.heads[place])).append(build_head(a.head, shape))
+        self.head_places = head_names(a.stages)
         self.use_transform(a.feature_transform)
         self.control = ConstantFeature(a.feature_dim) if a.feature_control == "constant" else None
         # An unused parameter stops DDP in the next step.
@@ -127,6 +130,8 @@ class FilmModule(nn.Module):
 
     feature_transform: FeatureTransform | None
     control: ConstantFeature | None
+    # Pickled before a stage could have several blocks: its place in `heads` is the head's.
+    head_places: Sequence[tuple[int, int | None]] | None = None
 
     def use_transform(self, steps: Sequence[str]) -> None:
         """Have a transform of these steps, without statistics; none where there are no steps."""
@@ -190,16 +195,22 @@ class FilmModule(nn.Module):
         return self.text_to_cond if self.architecture.is_text else self.image_to_cond
 
     def head(self, position: int) -> Head:
-        """Return the head of the `position`-th selected stage."""
-        return cast(Head, self.heads[position])
+        """Return the head of the `position`-th block that carries FiLM."""
+        place, block = (position, None) if self.head_places is None else self.head_places[position]
+        found = self.heads[place]
+        return cast(Head, found if block is None else cast(nn.ModuleList, found)[block])
+
+    def all_heads(self) -> list[Head]:
+        """Return the head of each block that carries FiLM, in the order of the architecture's stages."""
+        return [self.head(position) for position in range(len(self.architecture.stages))]
 
     def reset(self) -> None:
         """Set every tensor as in a fresh FiLM, which is the identity, without a draw from the host's random stream."""
         devices = {parameter.device for parameter in self.parameters() if parameter.device.type == "cuda"}
         with torch.random.fork_rng(devices=list(devices)):
             self.projection.reset()
-            for position in range(len(self.heads)):
-                self.head(position).reset()
+            for head in self.all_heads():
+                head.reset()
         # Statistics are of images, not of weights: those that are known stay.
         if self.feature_transform is not None and self.feature_transform.statistics is None:
             self.feature_transform.reset()
@@ -223,7 +234,7 @@ class FilmModule(nn.Module):
 
     def change_probes(self) -> list[Tensor]:
         """Return small parameters, one of each layer group, that change whenever the weights are changed as a whole."""
-        return [*self.projection.change_probes(), *(probe for position in range(len(self.heads)) for probe in self.head(position).change_probes())]
+        return [*self.projection.change_probes(), *(probe for head in self.all_heads() for probe in head.change_probes())]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move with the UNet, but keep full precision: `unet.half()` would round gamma = 1.0003 to 1."""

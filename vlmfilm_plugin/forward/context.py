@@ -27,16 +27,18 @@ from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.forward.recompute import NO_TASK, graph_task, stacks, watch
 
 if TYPE_CHECKING:
+    from vlmfilm_plugin.film.architecture import Stage
     from vlmfilm_plugin.film.gate_view import MaskReader
     from vlmfilm_plugin.film.gates import SpatialGate
     from vlmfilm_plugin.film.module import FilmModule
+    from vlmfilm_plugin.forward.first_look import FirstLook
 
 
 class Recorder(Protocol):
     """Receives what one block did; present on logged steps only."""
 
-    def record(self, stage: int, before: Tensor, after: Tensor, gamma: Tensor, beta: Tensor, cond_vec: Tensor | None) -> None:
-        """Take the features before and after FiLM (R, C, H, W), gamma and beta (R, C, 1, 1), cond_vec (S, D), None in mode off."""
+    def record(self, stage: Stage, before: Tensor, after: Tensor, gamma: Tensor, beta: Tensor, cond_vec: Tensor | None) -> None:
+        """Take the features of a block before and after FiLM, gamma and beta (R, C, 1, 1), cond_vec (S, D), None in mode off."""
 
 
 @dataclass
@@ -51,6 +53,7 @@ class ForwardContext:
         own: the same for the rows.
         recorder: takes statistics, on logged steps only.
         ran: heads whose blocks have run.
+        look: checks what blocks do, in the UNet's first forward only.
         gate: where FiLM acts; None is everywhere.
         waits: FiLM is the identity, since the transform of features has no statistics yet.
         task: the `backward()` in which this is open, if any.
@@ -68,6 +71,7 @@ class ForwardContext:
     waits: bool = False
     task: int = NO_TASK
     mode: str = ""
+    look: FirstLook | None = None
 
     def __post_init__(self) -> None:
         self.mode = self.mode or self.film.mode
@@ -87,7 +91,7 @@ class ForwardContext:
         """Return gamma and beta of head `head` for the rows, each (R, C, 1, 1)."""
         pair: tuple[Tensor, Tensor] | None = None if self.own is None else self.own.get(head)
         if pair is None:
-            pair = self.film.heads[head](self.cond_vec())
+            pair = self.film.head(head)(self.cond_vec())
             if self.waits:
                 # By the heads all the same: a parameter without a gradient stops DDP.
                 pair = 1 + 0 * pair[0], 0 * pair[1]
@@ -108,8 +112,10 @@ class ForwardContext:
     def reentered(self, *, keep: bool) -> ForwardContext:
         """Return this context for a function that is run again now (note 3); what it does was recorded the first time."""
         if keep:
-            return replace(self, task=graph_task(), recorder=None)
-        return replace(self, task=graph_task(), shared=None, own=None, recorder=self.recorder if graph_task() == NO_TASK else None)
+            return replace(self, task=graph_task(), recorder=None, look=None)
+        is_first = graph_task() == NO_TASK
+        watching = (self.recorder, self.look) if is_first else (None, None)
+        return replace(self, task=graph_task(), shared=None, own=None, recorder=watching[0], look=watching[1])
 
     def fill_compiled(self) -> Callable[[], None]:
         """Put gamma and beta where compiled blocks find them; return what puts back what stood there."""

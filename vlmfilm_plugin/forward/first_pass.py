@@ -7,7 +7,7 @@ buffers and the training flags are afterwards what they were.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.film.module import FilmModule
+from vlmfilm_plugin.forward.kept import buffers_kept, random_streams_kept
 from vlmfilm_plugin.forward.recompute import stacks
 from vlmfilm_plugin.host_spec import Masks
 
@@ -46,7 +47,7 @@ class ForwardMasks:
     def prediction(self) -> Tensor:
         """Return the mask that the UNet predicts (R, 1, H, W): the sigmoid of its logits."""
         read = self._stated("prediction", "which part of the UNet's output is the mask", "state")
-        with torch.no_grad(), _random_stream_kept(self._x), _buffers_kept(self._unet), self._alone():
+        with torch.no_grad(), random_streams_kept([self._x.device]), self._buffers_kept(), self._alone():
             output = self._unet(*self._args, **self._kwargs)
             logits: Tensor = read(output)
         return torch.sigmoid(logits.detach().float())
@@ -60,6 +61,11 @@ class ForwardMasks:
                 f"take `source: {other}` in `junction_gating_config`, or give `junction_mask` in the batch",
             )
         return function
+
+    def _buffers_kept(self) -> AbstractContextManager[None]:
+        # In evaluation normalisation layers count nothing.
+        is_counting = any(module.training for module in self._unet.modules())
+        return buffers_kept(self._unet) if is_counting else nullcontext()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -77,31 +83,3 @@ def only_channel(output: Any) -> Tensor:
     found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     facts = {"found": found, "expected": "a tensor (R, 1, H, W)"}
     raise ConditionError("cannot find the mask in the output of this UNet", facts, "give the gate itself: `handle.condition(gate=...)`")
-
-
-@contextmanager
-def _random_stream_kept(x: Tensor) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-        yield
-
-
-@contextmanager
-def _buffers_kept(unet: nn.Module) -> Iterator[None]:
-    """Give every buffer back its value, and its place where it was exchanged; one that was not written is not touched."""
-    modules = list(unet.modules())
-    if not any(module.training for module in modules):
-        # In evaluation normalisation layers count nothing.
-        yield
-        return
-    places = [(module, dict(module._buffers)) for module in modules if module._buffers]
-    values = [(buffer, buffer.clone()) for _, held in places for buffer in held.values() if buffer is not None]
-    try:
-        yield
-    finally:
-        for module, held in places:
-            module._buffers.update(held)
-        for buffer, value in values:
-            # By value: batch normalisation writes without counting a version, and a copy into a buffer that an earlier forward's graph
-            # has saved would break its backward.
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)

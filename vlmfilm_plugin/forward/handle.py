@@ -44,7 +44,7 @@ class FilmHandle:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Return the stages that carry FiLM, ascending."""
+        """Return the blocks that carry FiLM, by stage, ascending, and within one in order of execution."""
         return self.film.architecture.stages
 
     @property
@@ -166,11 +166,12 @@ class FilmHandle:
                     parameter.requires_grad_(requires_grad)
 
     @torch.no_grad()
-    def statistics(self) -> dict[int, dict[str, Any]]:
+    def statistics(self) -> dict[int | str, dict[str, Any]]:
         """Return what FiLM does to the images of the last forward, by decoder stage; computed now, by the weights of now.
 
         Returns:
-            For each stage `between_images`: the spread (standard deviation) of gamma and of beta between the images of the rows, mean over
+            For each stage `0`, or each block `"0.1"` of a stage that has several:
+            `between_images`: the spread (standard deviation) of gamma and of beta between the images of the rows, mean over
             channels, in their own unit: 0 where all images get the same; None where the rows are of one image. And `at_bound`: the share of
             gamma's and of beta's entries at their bound; None where there is none.
 
@@ -188,14 +189,14 @@ class FilmHandle:
             cond_vec, images = cond_vec.index_select(0, index), images.index_select(0, index)
         # Numbered by row, as the spread wants them, however many features there are.
         images = torch.unique(images, return_inverse=True)[1]
-        found = {}
+        found: dict[int | str, dict[str, Any]] = {}
         for position, stage in enumerate(self.stages):
-            pair = dict(zip(("gamma", "beta"), self.film.heads[position](cond_vec), strict=True))
+            pair = dict(zip(("gamma", "beta"), self.film.head(position)(cond_vec), strict=True))
             a = self.film.architecture
             limits = {"gamma": (1.0, a.gamma_scale), "beta": (0.0, a.beta_scale)}
             spread = {name: float(spread_between_images(values, images).mean()) for name, values in pair.items()}
             bound = {name: share_at_bound(values, *limits[name]) for name, values in pair.items()}
-            found[stage.index] = {
+            found[stage.key] = {
                 "between_images": spread if int(images.max()) else None,
                 "at_bound": {name: None if share is None else float(share) for name, share in bound.items()},
             }

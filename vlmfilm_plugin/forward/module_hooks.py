@@ -6,7 +6,7 @@ Instances, not closures: a deepcopied or unpickled UNet's hooks point at its own
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +18,18 @@ from vlmfilm_plugin.film.architecture import Stage
 from vlmfilm_plugin.film.freezing import refuse_unfrozen
 from vlmfilm_plugin.film.heads import Head
 from vlmfilm_plugin.film.layers import identity_for
+from vlmfilm_plugin.film.layout import Layout
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
-from vlmfilm_plugin.film.targets import match_targets, select_stages
 from vlmfilm_plugin.forward import context as conditioning
 from vlmfilm_plugin.forward.context import ForwardContext
+from vlmfilm_plugin.forward.first_look import FirstLook
 from vlmfilm_plugin.forward.first_pass import ForwardMasks
-from vlmfilm_plugin.forward.recompute import stacks
+from vlmfilm_plugin.forward.kept import buffers_kept, random_streams_kept
+from vlmfilm_plugin.forward.plan import Selection
+from vlmfilm_plugin.forward.recompute import NO_TASK, graph_task, stacks
 from vlmfilm_plugin.forward.traced import refuse_tracer
 from vlmfilm_plugin.forward.uncompiled import uncompiled
-from vlmfilm_plugin.host_spec import Masks
+from vlmfilm_plugin.host_spec import Masks, OfCall
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 
 
@@ -35,14 +38,14 @@ class Expected:
     """What must still hold when the UNet first runs: its `__init__`, or a subclass's, may have gone on after FiLM was attached.
 
     Attributes:
-        pattern: module path pattern of the blocks.
-        decoder_stages: the selection, None for all.
+        selection: how the blocks are found.
+        layouts: of the blocks that carry FiLM.
         own_film: name of the argument of `forward` through which the UNet's own FiLM would be conditioned, or None.
         frozen_by: origin of `freeze_host: true`, or None.
     """
 
-    pattern: str
-    decoder_stages: tuple[int, ...] | None
+    selection: Selection
+    layouts: tuple[Layout, ...]
     own_film: str | None = None
     frozen_by: str | None = None
 
@@ -54,36 +57,87 @@ class Expected:
             SettingsError: parameters of the host train although it was frozen.
         """
         owner = type(unet).__name__
-        matched = match_targets(dict(unet.named_modules()), self.pattern, owner=owner, origin="attachment")
-        now = {target.path for target in select_stages(matched, self.decoder_stages, owner=owner, origin="attachment")}
-        attached = {stage.path for stage in film.architecture.stages}
+        now = [target.path for target in self.selection.find(unet)]
+        attached = [stage.path for stage in film.architecture.stages]
         if now != attached:
             raise HostError(
                 f"the decoder of {owner} has changed since FiLM was attached",
-                {"found": ", ".join(sorted(now)), "expected": ", ".join(sorted(attached)) + "   (these carry FiLM)"},
+                {"found": ", ".join(now), "expected": ", ".join(attached) + "   (these carry FiLM)"},
                 "build the whole decoder inside the class's `__init__`, or attach after the last change",
             )
         if self.frozen_by is not None:
             refuse_unfrozen(unet, self.frozen_by)
+
+    def look(self, unet: nn.Module, film: FilmModule) -> FirstLook:
+        """Return what checks the first forward."""
+        return FirstLook(type(unet).__name__, film.architecture.stages, self.layouts, is_stated=self.selection.groups is not None)
+
+
+@dataclass
+class CallValues:
+    """Where the values of a call of the UNet are: its input, and the condition image.
+
+    Attributes:
+        arguments: names of the forward's arguments after self.
+        x: the UNet's input (R, ...): the name of an argument, a function of the arguments by name, or None for the first.
+        condition: the condition image likewise; None where there is none.
+    """
+
+    arguments: tuple[str, ...]
+    x: OfCall | None = None
+    condition: OfCall | None = None
+
+    def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call by name."""
+        return {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+
+    def input_of(self, arguments: Mapping[str, Any], owner: str) -> Tensor:
+        """Return the UNet's input (R, ...).
+
+        Raises:
+            HostError: it is no tensor with rows.
+        """
+        first = next((name for name in self.arguments[:1] if name in arguments), next(iter(arguments), ""))
+        found = arguments.get(first) if self.x is None else _value(self.x, arguments)
+        if isinstance(found, Tensor) and found.dim():
+            return found
+        facts = {
+            "found": type(found).__name__,
+            "taken from": f"argument {first!r}" if self.x is None else repr(self.x),
+            "expected": "a tensor (R, ...)",
+        }
+        raise HostError(f"cannot tell the rows of this call of {owner}", facts, "state `x`, the UNet's input, in the host adapter's `UNet`")
+
+    def condition_of(self, arguments: Mapping[str, Any]) -> Any:
+        """Return the condition image, or None."""
+        return None if self.condition is None else _value(self.condition, arguments)
+
+
+def _value(what: OfCall, arguments: Mapping[str, Any]) -> Any:
+    return what(arguments) if callable(what) else arguments.get(what)
 
 
 class OpenContext:
     """Forward pre-hook of the UNet.
 
     Args:
-        arguments: names of the forward's arguments after self; the first is the UNet's input.
-        condition: name of the one that holds the condition image, or None.
+        values: where its input and its condition image are.
         masks: where the mask is that spatial gates look at.
         expected: what is checked at the first forward.
     """
 
-    def __init__(self, arguments: Sequence[str], condition: str | None, masks: Masks, expected: Expected) -> None:
-        self.arguments, self.condition, self.masks, self.expected = tuple(arguments), condition, masks, expected
+    def __init__(self, values: CallValues, masks: Masks, expected: Expected) -> None:
+        self.values, self.masks, self.expected = values, masks, expected
         self._is_checked = False
+        self.is_seen = False
 
     @uncompiled
     def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         film = getattr(unet, ATTRIBUTE)
+        look = next((look for looking, look in reversed(stacks.looks) if looking is film), None)
+        if look is not None:
+            conditioning.push_context(ForwardContext(film, None, mode="off", look=look))
+            return
         try:
             context = self._context_for(unet, film, args, kwargs)
             context.prepare()
@@ -92,10 +146,13 @@ class OpenContext:
             if not torch.compiler.is_compiling():
                 conditioning.push_context(ForwardContext(film, None))
             raise
+        is_recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]
+        if not self.is_seen and not is_recorded and graph_task() == NO_TASK:
+            context.look = self.expected.look(unet, film)
         conditioning.push_context(context)
 
     def _context_for(self, unet: nn.Module, film: FilmModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardContext:
-        arguments = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        arguments = self.values.by_name(args, kwargs)
         mode = os.environ.get(MODE_VARIABLE, film.mode) if film.is_unpickled else film.mode
         if mode != film.mode:
             raise SettingsError(
@@ -129,8 +186,7 @@ class OpenContext:
             )
         if film.mode != "off":
             refuse_tracer(type(unet).__name__)
-        name = next((name for name in self.arguments[:1] if name in arguments), next(iter(arguments)))
-        x, image = arguments[name], arguments.get(self.condition) if self.condition else None
+        x, image = self.values.input_of(arguments, type(unet).__name__), self.values.condition_of(arguments)
         is_first_pass = any(running is film for running in stacks.first_passes)
         masks = None if is_first_pass else ForwardMasks(unet, film, args, kwargs, x, self.masks)
         return condition.open_context(film, x, image, masks)
@@ -139,8 +195,11 @@ class OpenContext:
 class CloseContext:
     """Forward hook of the UNet; runs when its forward raises, too, then with no output."""
 
+    def __init__(self, opened: OpenContext) -> None:
+        self.opened = opened
+
     @uncompiled
-    def __call__(self, unet: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         film = getattr(unet, ATTRIBUTE)
         context = conditioning.pop_context(film)
         if context is not None:
@@ -149,63 +208,95 @@ class CloseContext:
         if context is None or output is None:
             return
         idle = [stage for head, stage in enumerate(film.architecture.stages) if not (has_run[head] or head in context.ran)]
-        if not idle:
-            return
-        raise HostError(
-            f"{type(unet).__name__} ran, but FiLM did not at {len(idle)} of {len(film.heads)} decoder stages",
-            {
-                "idle": ", ".join(f"{stage.index} ({stage.path})" for stage in idle),
-                "likely": "these blocks were replaced after FiLM was attached, or the forward does not call them",
-                "expected": "every selected block runs in every forward",
-            },
-            "attach after the last change of the UNet, or select other `decoder_stages`",
-        )
+        if idle:
+            raise HostError(
+                f"{type(unet).__name__} ran, but FiLM did not at {len(idle)} of {len(film.architecture.stages)} decoder blocks",
+                {
+                    "idle": ", ".join(f"{stage.label} ({stage.path})" for stage in idle),
+                    "likely": "these blocks were replaced after FiLM was attached, or the forward does not call them",
+                    "expected": "every selected block runs in every forward",
+                },
+                "attach after the last change of the UNet, or select other `decoder_stages`",
+            )
+        if context.look is not None:
+            if any(has_run):
+                context.look = _look_again(unet, film, self.opened.expected, args, kwargs)
+            context.look.finish()
+            self.opened.is_seen = True
+
+
+def _look_again(unet: nn.Module, film: FilmModule, expected: Expected, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FirstLook:
+    """Run a UNet once more, without the compiler, gradients or FiLM, to see what its blocks do: compiled code tells nothing."""
+    look = expected.look(unet, film)
+    stacks.looks.append((film, look))
+    try:
+        devices = {parameter.device for parameter in unet.parameters()}
+        with torch.no_grad(), random_streams_kept(devices), buffers_kept(unet), torch.compiler.set_stance("force_eager"):
+            unet(*args, **kwargs)
+    finally:
+        stacks.looks.pop()
+    return look
 
 
 class ModulateBlock:
     """Forward hook of a decoder block."""
 
-    def __init__(self, film: FilmModule, head: int) -> None:
-        self.film, self.head, self.inputs = film, head, film.compiled_inputs[head]
+    # Pickled before blocks could lie in another way.
+    layout = Layout()
 
-    def __call__(self, block: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def __init__(self, film: FilmModule, head: int, layout: Layout) -> None:
+        self.film, self.head, self.inputs, self.layout = film, head, film.compiled_inputs[head], layout
+
+    def __call__(self, block: nn.Module, args: Any, output: Any) -> Any:
         if torch.compiler.is_compiling() and not self.inputs.is_gated:
             # A context cannot be looked up from compiled code; the open context has left gamma and beta in the inputs.
             self.inputs.has_run = True
-            return None if self.inputs.is_off else self.film.head(self.head).modulate(output, self.inputs.gamma, self.inputs.beta)  # type: ignore[arg-type]
+            if self.inputs.is_off:
+                return None
+            head, gamma, beta = self.film.head(self.head), self.inputs.gamma, self.inputs.beta
+            if self.layout.output is None:
+                return self.layout.modulate(head, output, gamma, beta)  # type: ignore[arg-type]
+            x = self.layout.take(output, self.film.architecture.stages[self.head].path)
+            return self.layout.put(output, self.layout.modulate(head, x, gamma, beta))  # type: ignore[arg-type]
         return self._modulate(output)
 
     @uncompiled
-    def _modulate(self, output: Tensor) -> Tensor | None:
-        stage = self.film.architecture.stages[self.head]
+    def _modulate(self, output: Any) -> Any:
+        stage, layout = self.film.architecture.stages[self.head], self.layout
         context = conditioning.context_of(self.film, stage.path)
+        if context.look is not None:
+            context.look.see(self.head, output)
         context.ran.add(self.head)
         if context.mode == "off":
             if context.recorder is not None:
-                _assert_identity(output, self.film.head(self.head), stage, context)
+                _assert_identity(layout.take(output, stage.path), self.film.head(self.head), stage, layout, context)
             return None
+        x = layout.take(output, stage.path)
         gamma, beta = context.gamma_beta(self.head)
-        if gamma.shape[:2] != output.shape[:2]:
+        if not layout.fits(x, *gamma.shape[:2]):
+            facts = {
+                "gamma": tuple(gamma.shape),
+                "output": tuple(x.shape),
+                "expected": f"equal rows and channels, channels at axis {layout.axis}, {layout.rank} dimensions of space",
+            }
             raise ConditionError(
-                f"cannot modulate block {stage.path!r}: gamma does not fit its output",
-                {"gamma": tuple(gamma.shape), "output": tuple(output.shape), "expected": "equal rows and channels"},
-                "pass one feature a row of the UNet's input",
+                f"cannot modulate block {stage.path!r}: gamma does not fit its output", facts, "pass one feature a row of the UNet's input"
             )
-        result = self.film.head(self.head).modulate(output, gamma, beta)
+        result = layout.modulate(self.film.head(self.head), x, gamma, beta)
         if context.gate is not None:
-            result = context.gate.apply(stage.index, output, result)
+            result = context.gate.apply(stage.index, x, result, layout)
         if context.recorder is not None:
             # Without a graph: what is saved for backward() must be the same when the block runs again, unrecorded.
             with torch.no_grad():
-                context.recorder.record(stage.index, output, result, gamma, beta, context.cond_vec())
-        return result
+                context.recorder.record(stage, x, result, gamma, beta, context.cond_vec())
+        return layout.put(output, result)
 
 
 @torch.no_grad()
-def _assert_identity(x: Tensor, head: Head, stage: Stage, context: ForwardContext) -> None:
+def _assert_identity(x: Tensor, head: Head, stage: Stage, layout: Layout, context: ForwardContext) -> None:
     """Check on a logged step that gamma 1 and beta 0 leave x alone to the bit."""
-    gamma, beta = identity_for(x)
-    y = head.modulate(x, gamma, beta)
+    gamma, beta = identity_for(x, layout.axis)
+    y = layout.modulate(head, x, gamma, beta)
     if not bool(((y == x) | (y.isnan() & x.isnan())).all()):
         raise HostError(
             f"mode off changed the output of block {stage.path!r}",
@@ -213,4 +304,4 @@ def _assert_identity(x: Tensor, head: Head, stage: Stage, context: ForwardContex
             "report this",
         )
     if context.recorder is not None:
-        context.recorder.record(stage.index, x, y, gamma, beta, None)
+        context.recorder.record(stage, x, y, gamma, beta, None)

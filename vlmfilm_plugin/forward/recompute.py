@@ -46,6 +46,8 @@ class _Stacks(threading.local):
         self.opened: list[Any] | None = None
         # FiLM modules whose UNet runs to serve a gate of its own.
         self.first_passes: list[Any] = []
+        # (FiLM, what sees its blocks) of UNets that run to be looked at alone.
+        self.looks: list[Any] = []
 
 
 stacks = _Stacks()

@@ -78,7 +78,7 @@ class ConditionAlarm:
         self._steps = 0
         self._last: object = None
         self._has_written_energy = False
-        self._dead: frozenset[int] = frozenset()
+        self._dead: frozenset[int | str] = frozenset()
 
     def collect(self, keys: Sequence[str], features: Tensor) -> None:
         """Keep the transformed features (S, F) of a training batch, one key a row; of an image that is kept already, the later ones."""
@@ -97,7 +97,7 @@ class ConditionAlarm:
         every, is_enabled = self._settings.film_log_every_n_steps_train, self._settings.film_debug_enabled
         return self._steps in READ_AT or (is_enabled and step is not None and step % every == 0)
 
-    def read(self, film: FilmModule, step: int | None) -> dict[int, StageVerdict]:
+    def read(self, film: FilmModule, step: int | None) -> dict[int | str, StageVerdict]:
         """Ask the heads, and write what there is to say; return the verdict of each stage, nothing where it cannot be known.
 
         Call it inside a forward of the UNet.
@@ -107,12 +107,12 @@ class ConditionAlarm:
             return {}
         with torch.no_grad(), _evaluating(film):
             cond_vec = film.project(torch.stack(rows))
-            numbers = [differing_energy(cond_vec), *(number for stage in range(len(film.heads)) for number in _numbers(film, stage, cond_vec))]
+            numbers = [differing_energy(cond_vec), *(number for head in film.all_heads() for number in _numbers(head, cond_vec))]
         if len(rows) < 2 or not is_rank_zero():
             return {}
         values: list[float] = torch.stack(numbers).tolist()
         energy, size = values[0], len(_NUMBERS)
-        verdicts = {stage.index: _verdict(values[1 + place * size : 1 + (place + 1) * size]) for place, stage in enumerate(film.architecture.stages)}
+        verdicts = {stage.key: _verdict(values[1 + place * size : 1 + (place + 1) * size]) for place, stage in enumerate(film.architecture.stages)}
         if not self._has_written_energy:
             self._has_written_energy = True
             self._write_energy(energy, len(rows), step)
@@ -129,7 +129,7 @@ class ConditionAlarm:
             alike,
         )
 
-    def _write_changes(self, verdicts: Mapping[int, StageVerdict], energy: float, images: int, step: int | None) -> None:
+    def _write_changes(self, verdicts: Mapping[int | str, StageVerdict], energy: float, images: int, step: int | None) -> None:
         dead = frozenset(stage for stage, verdict in verdicts.items() if verdict.is_dead)
         before, self._dead = self._dead, dead
         if before - dead:
@@ -137,8 +137,8 @@ class ConditionAlarm:
         if dead - before:
             film_logger().warning("[FILM-WARN] %s", self._words(verdicts, dead, energy, images, step))
 
-    def _words(self, verdicts: Mapping[int, StageVerdict], dead: frozenset[int], energy: float, images: int, step: int | None) -> str:
-        alive = sorted(set(verdicts) - dead)
+    def _words(self, verdicts: Mapping[int | str, StageVerdict], dead: frozenset[int | str], energy: float, images: int, step: int | None) -> str:
+        alive = frozenset(verdicts) - dead
         rest = f" (it does reach {_named(alive)})" if alive else ", at none of those that carry FiLM"
         spread = max(verdicts[stage].spread[name] / max(verdicts[stage].moved[name], 1e-30) for stage in dead for name in _MOVED)
         shares = [share for stage in dead for share in verdicts[stage].at_bound.values() if share is not None]
@@ -166,9 +166,8 @@ class ConditionAlarm:
 _NUMBERS = tuple((name, what) for name in _MOVED for what in ("spread", "moved", "at_bound"))
 
 
-def _numbers(film: FilmModule, place: int, cond_vec: Tensor) -> Iterator[Tensor]:
-    """Yield what is read of a stage, as scalars on the device; NaN stands for what does not exist."""
-    head: Any = film.heads[place]
+def _numbers(head: Any, cond_vec: Tensor) -> Iterator[Tensor]:
+    """Yield what is read of a head, as scalars on the device; NaN stands for what does not exist."""
     pair: Mapping[str, Tensor] = dict(zip(_MOVED, head(cond_vec), strict=True))
     for name, what in _NUMBERS:
         values, centre = pair[name], float(name == "gamma")
@@ -206,6 +205,6 @@ def _evaluating(film: FilmModule) -> Iterator[None]:
             module.training = True
 
 
-def _named(stages: Sequence[int] | frozenset[int]) -> str:
-    numbers = ", ".join(map(str, sorted(stages)))
+def _named(stages: Sequence[int | str] | frozenset[int | str]) -> str:
+    numbers = ", ".join(map(str, sorted(stages, key=lambda stage: [int(part) for part in str(stage).split(".")])))
     return f"stage {numbers}" if len(stages) == 1 else f"stages {numbers}"

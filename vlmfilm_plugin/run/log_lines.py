@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vlmfilm_plugin.features.samples import CacheStats
+from vlmfilm_plugin.film.architecture import Stage
 from vlmfilm_plugin.film.module import MARKER
 from vlmfilm_plugin.film.statistics import statistics
 from vlmfilm_plugin.log import film_logger, is_rank_zero
@@ -56,7 +57,7 @@ class ModelLines:
     """The lines of one model: writes them, and remembers what the next ones need."""
 
     def __init__(self) -> None:
-        self._constant: Counter[tuple[str, int]] = Counter()
+        self._constant: Counter[tuple[str, int, int | None]] = Counter()
         self._validation: list[dict[str, Any]] = []
         self._shuffled: Hashable = self
 
@@ -83,7 +84,7 @@ class ModelLines:
         numbers = [name for name in rows[0] if any(isinstance(row.get(name), float) for row in rows)]
         means = {name: _mean([row[name] for row in rows if isinstance(row.get(name), float)]) for name in numbers}
         same = {name: rows[-1].get(name) for name in ("stage", "step", "epoch", "film_mode", "film_apply_point")}
-        steps = max(Counter(row["film_stage_idx"] for row in rows).values())
+        steps = max(Counter((row["film_stage_idx"], row.get("film_block_idx")) for row in rows).values())
         film_logger().info("[FILM-VAL] %s", as_json({**same, "logged_steps": steps, **means}))
 
     def shuffled(self, epoch: Hashable, permutation: Sequence[int], note: str = "") -> None:
@@ -93,13 +94,13 @@ class ModelLines:
             film_logger().info("[FILM-SHUFFLE] perm_first10=%s%s", list(permutation[:10]), note)
 
     def _watch(self, row: Mapping[str, Any]) -> None:
-        place = (row["stage"], row["film_stage_idx"])
+        place = (row["stage"], row["film_stage_idx"], row.get("film_block_idx"))
         self._constant[place] = self._constant[place] + 1 if row["gamma_std"] < CONSTANT_STD and row["beta_std"] < CONSTANT_STD else 0
         if self._constant[place] == CONSTANT_INTERVALS:
             film_logger().warning(
-                "[FILM-WARN] decoder stage %d: gamma and beta have been constant (std < %g) for %d logged intervals, "
+                "[FILM-WARN] decoder stage %s: gamma and beta have been constant (std < %g) for %d logged intervals, "
                 "up to step %s: FiLM does nothing there",
-                row["film_stage_idx"],
+                row["film_stage_idx"] if place[2] is None else f"{place[1]}.{place[2]}",
                 CONSTANT_STD,
                 CONSTANT_INTERVALS,
                 row["step"],
@@ -177,28 +178,29 @@ class Diagnostics:
             self._stats_step = step
             film_logger().info("[VLM] cache_stats: %s", stats)
 
-    def add(self, facts: StepFacts, stage: int, numbers: dict[str, Any]) -> None:
-        """Write `[FILM-DBG]` for one stage of a logged step, and keep count for the other lines."""
-        row = line_of(facts.fields(), {"film_stage_idx": stage}, numbers)
+    def add(self, facts: StepFacts, stage: Stage, numbers: dict[str, Any]) -> None:
+        """Write `[FILM-DBG]` for one block of a logged step, and keep count for the other lines."""
+        block = {} if stage.block is None else {"film_block_idx": stage.block}
+        row = line_of(facts.fields(), {"film_stage_idx": stage.index, **block}, numbers)
         self._lines[facts.film_id].debug(row, is_validation=facts.phase == "val", is_watched=facts.phase == "train" and facts.mode != "off")
 
 
 class StageRecorder:
     """Takes the statistics of each block once, for one UNet forward of a logged step."""
 
-    def __init__(self, diagnostics: Diagnostics, facts: StepFacts, verdicts: Mapping[int, StageVerdict]) -> None:
+    def __init__(self, diagnostics: Diagnostics, facts: StepFacts, verdicts: Mapping[int | str, StageVerdict]) -> None:
         self._diagnostics, self._facts, self._verdicts = diagnostics, facts, verdicts
-        self._seen: set[int] = set()
+        self._seen: set[int | str] = set()
 
-    def record(self, stage: int, before: Tensor, after: Tensor, gamma: Tensor, beta: Tensor, cond_vec: Tensor | None) -> None:
+    def record(self, stage: Stage, before: Tensor, after: Tensor, gamma: Tensor, beta: Tensor, cond_vec: Tensor | None) -> None:
         """Compute and write the statistics of one block (shapes: `conditioning.Recorder`)."""
-        if stage in self._seen:
+        if stage.key in self._seen:
             return
-        self._seen.add(stage)
+        self._seen.add(stage.key)
         with torch.no_grad():
             numbers = statistics(before, after, gamma, beta, cond_vec)
-        if stage in self._verdicts:
-            numbers |= self._verdicts[stage].fields()
+        if stage.key in self._verdicts:
+            numbers |= self._verdicts[stage.key].fields()
         self._diagnostics.add(self._facts, stage, numbers)
 
 

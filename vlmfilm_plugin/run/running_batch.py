@@ -92,7 +92,7 @@ class RunningBatch:
         self._recorded: set[str] = set()
         # The keys of what conditions the samples, by `film_id`, until the alarm has seen it.
         self._unwatched: dict[str, list[str]] = {}
-        self._verdicts: dict[str, Mapping[int, StageVerdict]] = {}
+        self._verdicts: dict[str, Mapping[int | str, StageVerdict]] = {}
         self._is_logged = diagnostics.is_logged(given.phase, given.step, given.batch_idx)
         self._facts: StepFacts | None = None
 

@@ -121,21 +121,12 @@ class Runtime:
         settings = self.settings
         if MODE_VARIABLE in self._environ:
             refuse_changed_mode(self._environ[MODE_VARIABLE])
-        handle = install(
-            unet,
-            settings,
-            self.mode,
-            targets=spec.targets,
-            channels=spec.channels,
-            condition=spec.condition,
-            own_film=spec.own_condition,
-            masks=spec.masks,
-        )
+        handle = install(unet, settings, self.mode, spec)
         self.attached += 1
         self._say_once("settings without effect here", without_effect(settings))
         self._say_once("spatial gate", describe_gate(settings))
         self.states.built(handle.film, settings)
-        stages = ", ".join(f"{stage.index} ({stage.path}, {stage.channels})" for stage in handle.stages)
+        stages = ", ".join(f"{stage.label} ({stage.path}, {stage.channels})" for stage in handle.stages)
         film_logger().info(
             "[VLM] FiLM attached: mode=%s encoder=%s unet=%s apply_point=%s stages=%s",
             self.mode,

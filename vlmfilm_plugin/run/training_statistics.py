@@ -175,4 +175,4 @@ def _is_identity(film: FilmModule, features: Tensor) -> bool:
     """Tell whether FiLM leaves these images (B, F) alone, as a fresh one does."""
     device = next(film.parameters()).device
     cond_vec = film.project(features.to(device))
-    return all(bool((gamma == 1).all()) and bool((beta == 0).all()) for gamma, beta in (head(cond_vec) for head in film.heads))
+    return all(bool((gamma == 1).all()) and bool((beta == 0).all()) for gamma, beta in (head(cond_vec) for head in film.all_heads()))

@@ -71,7 +71,8 @@ class SettingsArguments(TypedDict, total=False):
     head: str
     decoder_stages: Sequence[int] | int | None
     apply_point: str
-    targets: str | None
+    targets: str | Sequence[str] | Callable[[Any], Sequence[str]] | None
+    blocks: str | None
     spatial_gate: str | None
     junction_gating_config: Mapping[str, object] | JunctionGating | None
     freeze_host: bool

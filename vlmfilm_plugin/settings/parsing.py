@@ -36,6 +36,7 @@ _KINDS = {
     "path": "a path",
     "stages": "a list of whole numbers >= 0",
     "texts": "a list of texts (in the environment a JSON list)",
+    "targets": "a module path pattern, or a list of them (in the environment a JSON list)",
     "stages_or_all": "same_as_film, or a list of whole numbers >= 0",
     "junctions": "a mapping of its entries (in the environment a JSON object)",
     "transform": "none, or one or several of center, standardize and l2norm in order, with at most one of the first two",
@@ -130,6 +131,13 @@ def _parse_texts(raw: object, is_text: bool) -> tuple[str, ...]:
     return tuple(_parse_str(item, is_text) for item in items)
 
 
+def _parse_targets(raw: object, is_text: bool) -> str | tuple[str, ...] | Callable[[Any], Any]:
+    if callable(raw):
+        return raw
+    is_list = str(raw).lstrip().startswith("[") if is_text else not isinstance(raw, str)
+    return _parse_texts(raw, is_text) if is_list else _parse_str(raw, is_text)
+
+
 def _parse_transform(raw: object, is_text: bool) -> tuple[str, ...]:
     items: object = raw
     if isinstance(raw, str):
@@ -158,6 +166,7 @@ PARSERS: dict[str, Callable[[Any, bool], Any]] = {
     "path": _parse_path,
     "stages": _parse_stages,
     "texts": _parse_texts,
+    "targets": _parse_targets,
     "stages_or_all": _parse_stages_or_all,
     "transform": _parse_transform,
 }

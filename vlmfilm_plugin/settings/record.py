@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -85,7 +85,8 @@ class Settings:
     head: str = setting("film", "str")
     decoder_stages: tuple[int, ...] | None = setting(None, "stages", optional=True)
     apply_point: str = setting("post_block2", "str", choices=("post_block2", "post_block1"))
-    targets: str | None = setting(None, "str", optional=True)
+    targets: str | tuple[str, ...] | Callable[[Any], Any] | None = setting(None, "targets", optional=True)  # noqa: RUF009
+    blocks: str | None = setting(None, "str", choices=("all", "last"), optional=True)
     spatial_gate: str | None = setting(None, "str", optional=True)
     junction_gating_config: JunctionGating | None = setting(None, "junctions", optional=True)  # noqa: RUF009
     freeze_host: bool = setting(False, "bool")
@@ -117,7 +118,9 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         """Return every setting by name, without origins, in plain values."""
         values = {name: getattr(self, name) for name in FIELDS}
-        block = self.junction_gating_config
+        block, targets = self.junction_gating_config, self.targets
+        if callable(targets):
+            values["targets"] = f"the function {getattr(targets, '__qualname__', targets)}"
         return values | {"junction_gating_config": None if block is None else block.as_dict()}
 
     @property
