@@ -27,7 +27,12 @@ def vlmfilm_host(module: ModuleType) -> HostSpec | None:
     if not hasattr(diffusion, "sample"):
         return None
     steps = Steps(cls=diffusion, phases={"forward": phase_of_loss, "sample": "test"}, value_range=(0.0, 1.0), batch=batch_of)
-    return HostSpec(name=NAME, unets=[UNet(cls=unet, targets=TARGETS)], models=[diffusion], steps=[steps])
+    return HostSpec(name=NAME, unets=[UNet(cls=unet, targets=TARGETS, stages=stages_of, channel_axis=1)], models=[diffusion], steps=[steps])
+
+
+def stages_of(unet: Any) -> list[str]:
+    """Return the stages of the decoder, bottleneck first: each has a resolution of its own."""
+    return [f"ups.{index}" for index in range(len(unet.ups))]
 
 
 def phase_of_loss(diffusion: Any) -> str:

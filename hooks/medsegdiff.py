@@ -35,7 +35,8 @@ def vlmfilm_host(module: ModuleType) -> HostSpec | None:
     if own_class(module, "Generic_UNet") is None:
         return None
     unets = [value for value in vars(module).values() if _is_unet(value, module)]
-    return HostSpec(name=NAME, unets=[UNet(cls=cls, targets=TARGETS, channels=channels_of, condition=None) for cls in unets]) if unets else None
+    described = [UNet(cls=cls, targets=TARGETS, stages=stages_of, channels=channels_of, channel_axis=1, condition=None) for cls in unets]
+    return HostSpec(name=NAME, unets=described) if described else None
 
 
 @hookimpl
@@ -88,6 +89,13 @@ def channels_of(block: Any) -> int:
     """Return the channels of a ResBlock's output."""
     channels: int = block.out_channels
     return channels
+
+
+def stages_of(unet: Any) -> list[list[str]]:
+    """Return the blocks of each resolution, bottleneck first: a level has one more than `num_res_blocks`, of which the last one upsamples."""
+    count = len(unet.output_blocks)
+    size = unet.num_res_blocks + 1
+    return [[f"output_blocks.{number}" for number in range(start, min(start + size, count))] for start in range(0, count, size)]
 
 
 def loaded_for_loss(arguments: Mapping[str, Any]) -> Any:

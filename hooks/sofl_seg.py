@@ -95,6 +95,8 @@ def _unets(module: ModuleType) -> HostSpec | None:
         UNet(
             cls=value,
             targets=TARGETS,
+            stages=stages_of,
+            channel_axis=1,
             own_condition=OWN_CONDITION,
             own_film=partial(own_film_of_class, value),
             masks=Masks(state=mask_in_input, prediction=mask_logits, truth=true_mask),
@@ -132,6 +134,11 @@ def _datasets(module: ModuleType) -> HostSpec | None:
     if not has_arguments(dataset, "__init__", {"path", "augmentation"}):
         return None
     return HostSpec(name=NAME, image_files=[ImageFiles(cls=dataset, read=read_image_files)])
+
+
+def stages_of(unet: Any) -> list[str]:
+    """Return the stages of the decoder, bottleneck first: each has a resolution of its own."""
+    return [f"ups.{index}" for index in range(len(unet.ups))]
 
 
 def own_film_of_model(arguments: Mapping[str, Any]) -> str | None:

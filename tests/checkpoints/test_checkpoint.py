@@ -93,6 +93,7 @@ def test_metadata_says_architecture_encoder_and_stages_in_plain_values() -> None
     assert facts.architecture == {
         "decoder_stages": [1],
         "apply_point": "post_block2",
+        "blocks": "all",
         "cond_dim": 4,
         "text_mlp_hidden_dim": 6,
         "gamma_scale": None,

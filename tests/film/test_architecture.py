@@ -87,7 +87,8 @@ def test_a_later_field_that_an_older_format_lacks_is_filled_in_by_its_migration(
 
 
 def test_a_later_format_is_read_where_its_writer_says_so_and_its_fields_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    later = {**FORMAT_1, "head": "film", "feature_transform": [], "feature_control": "none", "format": FORMAT + 3, "readable_by": FORMAT, "note": "x"}
+    later = {**FORMAT_1, "head": "film", "feature_transform": [], "feature_control": "none", "blocks": "all", "format": FORMAT + 3}
+    later |= {"readable_by": FORMAT, "note": "x"}
     check_architecture(read_extra_state(extra_state(later)), HERE)
     assert "note" in capsys.readouterr().out
 

@@ -10,7 +10,7 @@ from small_unet import SmallUNet, inputs, randomise
 from vlmfilm_plugin import ConditionError, FilmHandle, GateView, SettingsError, attach, register_gate
 from vlmfilm_plugin.film import gates
 from vlmfilm_plugin.film.junctions import junctions, vessel_junctions
-from vlmfilm_plugin.host_spec import Masks
+from vlmfilm_plugin.host_spec import UNet
 from vlmfilm_plugin.settings.junctions import JunctionGating
 
 
@@ -286,7 +286,8 @@ def test_by_hand_the_state_is_stated_nowhere_and_is_not_guessed() -> None:
     from vlmfilm_plugin.settings.layers import resolve
 
     settings = resolve([("argument", {"cond_dim": 4, "junction_gating_config": BLOCK, "encoder": "descriptor"})])
-    silent = install(SmallUNet(), settings, "on", feature_dim=3, masks=Masks(), is_by_hand=True)
+    spec = UNet(cls=SmallUNet, targets={"post_block2": "ups.*.1"}, condition=None)
+    silent = install(SmallUNet(), settings, "on", spec, feature_dim=3, is_by_hand=True)
     with pytest.raises(ConditionError, match="output is the mask"):
         outputs(silent, None)
 

@@ -386,8 +386,8 @@ def test_post_block1_modulates_the_output_of_block1() -> None:
     assert not torch.equal(seen[0], seen[1])
 
 
-def test_channels_come_from_block2_proj_before_the_last_convolution() -> None:
-    from vlmfilm_plugin.forward.attach import output_channels
+def test_channels_come_from_block2_proj_and_are_never_guessed_from_the_last_of_several_convolutions() -> None:
+    from vlmfilm_plugin.forward.plan import output_channels
 
     class Resnet(nn.Module):
         def __init__(self) -> None:
@@ -397,11 +397,14 @@ def test_channels_come_from_block2_proj_before_the_last_convolution() -> None:
             self.res_conv = nn.Conv2d(3, 7, 1)
 
     assert output_channels(Resnet()) == 5
-    assert output_channels(nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 9, 1))) == 9
+    assert output_channels(nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU())) == 5
+    with pytest.raises(HostError, match="cannot tell the channels of a Sequential"):
+        output_channels(nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 9, 1)))
 
 
 def test_a_head_that_does_not_fit_the_output_names_both_shapes() -> None:
     handle = build()
+    call(handle)
     handle.unet.ups[0][1].register_forward_hook(lambda module, args, output: output[:, :3], prepend=True)
     with pytest.raises(ConditionError) as caught:
         call(handle)

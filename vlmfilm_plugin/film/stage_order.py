@@ -74,11 +74,12 @@ def grouped(paths: Sequence[str], groups: Groups, names: Sequence[str], *, owner
     return found
 
 
-def plainly_numbered(paths: Sequence[str], *, owner: str, origin: str) -> list[list[str]]:
+def plainly_numbered(paths: Sequence[str], names: Sequence[str] = (), *, owner: str, origin: str) -> list[list[str]]:
     """Return the blocks as stages of one block each, in the order that their paths count.
 
     Raises:
-        TargetMatchError: the paths do not differ in one component alone that counts 0, 1, 2, ...
+        TargetMatchError: the paths do not differ in one component alone that counts 0, 1, 2, ...; or they lie in one of several numbered
+            modules, and count what is in it: `ups.0.*` beside `ups.1.0`.
     """
     place = _varying(paths)
     ordered = sorted(paths, key=natural)
@@ -90,6 +91,13 @@ def plainly_numbered(paths: Sequence[str], *, owner: str, origin: str) -> list[l
                 "expected": "paths that differ in one component, which counts 0, 1, 2, ... from the bottleneck",
             },
             "state `stages` (bottleneck first, one group a resolution, in order of execution), or attach with `example=`",
+        )
+    siblings = _siblings(paths, place, names)
+    if siblings:
+        raise TargetMatchError(
+            f"the FiLM targets of {owner} are blocks of one resolution only, by their names",
+            {"targets": f"{_some(paths)}   (from {origin})", "beside them": _some(siblings)},
+            "widen `targets` to the whole decoder, or state `stages`",
         )
     return [[path] for path in ordered]
 
@@ -145,6 +153,22 @@ def _varying(paths: Sequence[str]) -> int | None:
         return None
     places = [place for place in range(len(parts[0])) if len({each[place] for each in parts}) > 1]
     return places[0] if len(places) == 1 else None
+
+
+def _siblings(paths: Sequence[str], place: int | None, names: Sequence[str]) -> list[str]:
+    """Return the modules like the first one in the numbered modules beside the one that they all lie in."""
+    first = paths[0].split(".")
+    outer = [spot for spot in range(place or 0) if is_number(first[spot])]
+    same = [name.split(".") for name in names if name != paths[0]]
+    return [
+        ".".join(other)
+        for spot in outer
+        for other in same
+        if len(other) == len(first)
+        and is_number(other[spot])
+        and other[spot] != first[spot]
+        and other[:spot] + other[spot + 1 :] == first[:spot] + first[spot + 1 :]
+    ]
 
 
 def _some(paths: Sequence[str]) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from itertools import pairwise
 from typing import Any
 
 from vlmfilm_plugin.errors import HostError
 from vlmfilm_plugin.film.architecture import Stage
 from vlmfilm_plugin.film.layout import Layout, kind_of
+from vlmfilm_plugin.forward.axis_probe import AxisProbe
+from vlmfilm_plugin.log import film_logger
 
 _STATE = "state what is so in the host adapter's `UNet`, or in `attach(...)`; `example=` reads it off one forward"
 
@@ -22,12 +24,28 @@ class FirstLook:
         stages: the blocks that carry FiLM, in the order in which they are to run.
         layouts: of each.
         is_stated: someone stated the stages; else the paths counted them.
+        inputs: the spatial sizes of what the UNet was called with.
+        probe: asked where channels are.
     """
 
-    def __init__(self, owner: str, stages: Sequence[Stage], layouts: Sequence[Layout], *, is_stated: bool) -> None:
-        self._owner, self._stages, self._layouts, self._is_stated = owner, stages, layouts, is_stated
+    def __init__(
+        self,
+        owner: str,
+        stages: Sequence[Stage],
+        layouts: Sequence[Layout],
+        *,
+        is_stated: bool,
+        inputs: Container[tuple[int, ...]] = (),
+        probe: AxisProbe | None = None,
+    ) -> None:
+        self._owner, self._stages, self._layouts, self._is_stated, self._inputs, self._probe = owner, stages, layouts, is_stated, inputs, probe
         self._sizes: dict[int, tuple[int, ...]] = {}
         self._is_plain: list[bool] = []
+
+    @property
+    def is_ambiguous(self) -> bool:
+        """Tell whether nobody stated the axis of the channels, and in every block another one could be meant as well."""
+        return not any(self._is_plain)
 
     def see(self, head: int, output: Any) -> None:
         """Check one block's output.
@@ -56,8 +74,11 @@ class FirstLook:
                 facts,
                 f"correct `channels` or `channel_axis`: {_STATE}",
             )
-        self._is_plain.append(layout.is_stated or shape[-layout.axis] != stage.channels)
+        # Of one channel, gamma and beta are one number a row wherever it is.
+        self._is_plain.append(layout.is_stated or stage.channels == 1 or shape[-layout.axis] != stage.channels)
         self._sizes[head] = layout.sizes(x)
+        if self._probe is not None:
+            self._probe.judge(stage.path, x)
 
     def finish(self) -> None:
         """Check the order of the blocks, their stages, and that some block told where channels are.
@@ -68,21 +89,24 @@ class FirstLook:
         ran = list(self._sizes)
         if ran != sorted(ran):
             raise self._wrong("blocks ran in another order than was attached", "order")
+        is_flat = not self._is_stated and set(self._sizes.values()) <= {self._sizes[ran[0]]} and self._sizes[ran[0]] in self._inputs
+        if is_flat and len(ran) > 1:
+            film_logger().info("[VLM] stages of %s: its blocks all have the resolution of the input, so each is a stage", self._owner)
         for before, after in pairwise(ran):
             first, second = self._sizes[before], self._sizes[after]
             is_one_stage = self._stages[before].index == self._stages[after].index
             if is_one_stage and first != second:
                 raise self._wrong("the blocks of one stage have several resolutions", "stages")
-            if not is_one_stage and first == second:
+            if not is_one_stage and first == second and not is_flat:
                 raise self._wrong("several stages have one resolution", "stages")
             if not is_one_stage and math.prod(first) > math.prod(second):
                 raise self._wrong("a stage is smaller than the one before: stage 0 is next to the bottleneck", "order")
-        if ran and not any(self._is_plain):
+        if self.is_ambiguous and not (self._probe is not None and self._probe.is_first):
             stage, layout = self._stages[ran[0]], self._layouts[ran[0]]
             facts = {
                 "block": stage.path,
                 "found": f"{stage.channels} at axis 1 and at axis -1, in each block that carries FiLM",
-                "used": f"axis {layout.axis}, which nobody stated",
+                "used": f"axis {layout.axis}, which nobody stated, and their convolutions do not bear out",
             }
             raise HostError(
                 f"cannot tell where the channels of {self._owner} are", facts, "state `channel_axis`: 1 for (B, C, ...), -1 for (B, ..., C)"

@@ -6,7 +6,7 @@ Instances, not closures: a deepcopied or unpickled UNet's hooks point at its own
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,12 @@ from vlmfilm_plugin.film.layers import identity_for
 from vlmfilm_plugin.film.layout import Layout
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
 from vlmfilm_plugin.forward import context as conditioning
+from vlmfilm_plugin.forward.axis_probe import AxisProbe
 from vlmfilm_plugin.forward.context import ForwardContext
 from vlmfilm_plugin.forward.first_look import FirstLook
 from vlmfilm_plugin.forward.first_pass import ForwardMasks
 from vlmfilm_plugin.forward.kept import buffers_kept, random_streams_kept
-from vlmfilm_plugin.forward.plan import Selection
+from vlmfilm_plugin.forward.plan import Selection, modules_in
 from vlmfilm_plugin.forward.recompute import NO_TASK, graph_task, stacks
 from vlmfilm_plugin.forward.traced import refuse_tracer
 from vlmfilm_plugin.forward.uncompiled import uncompiled
@@ -68,9 +69,11 @@ class Expected:
         if self.frozen_by is not None:
             refuse_unfrozen(unet, self.frozen_by)
 
-    def look(self, unet: nn.Module, film: FilmModule) -> FirstLook:
-        """Return what checks the first forward."""
-        return FirstLook(type(unet).__name__, film.architecture.stages, self.layouts, is_stated=self.selection.groups is not None)
+    def look(self, unet: nn.Module, film: FilmModule, values: Iterable[Any], probe: AxisProbe | None = None) -> FirstLook:
+        """Return what checks the first forward, a call with these values."""
+        inputs = {tuple(value.shape[2:]) for value in values if isinstance(value, Tensor)}
+        is_stated = self.selection.groups is not None
+        return FirstLook(type(unet).__name__, film.architecture.stages, self.layouts, is_stated=is_stated, inputs=inputs, probe=probe)
 
 
 @dataclass
@@ -134,8 +137,7 @@ class OpenContext:
     @uncompiled
     def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         film = getattr(unet, ATTRIBUTE)
-        look = next((look for looking, look in reversed(stacks.looks) if looking is film), None)
-        if look is not None:
+        if (look := _looked_at(film)) is not None:
             conditioning.push_context(ForwardContext(film, None, mode="off", look=look))
             return
         try:
@@ -148,7 +150,7 @@ class OpenContext:
             raise
         is_recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]
         if not self.is_seen and not is_recorded and graph_task() == NO_TASK:
-            context.look = self.expected.look(unet, film)
+            context.look = self.expected.look(unet, film, (*args, *kwargs.values()))
         conditioning.push_context(context)
 
     def _context_for(self, unet: nn.Module, film: FilmModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardContext:
@@ -205,7 +207,7 @@ class CloseContext:
         if context is not None:
             film.last_forward.features, film.last_forward.index = context.features, context.index
         has_run = [inputs.close() for inputs in film.compiled_inputs]
-        if context is None or output is None:
+        if context is None or output is None or _looked_at(film) is not None:
             return
         idle = [stage for head, stage in enumerate(film.architecture.stages) if not (has_run[head] or head in context.ran)]
         if idle:
@@ -219,19 +221,29 @@ class CloseContext:
                 "attach after the last change of the UNet, or select other `decoder_stages`",
             )
         if context.look is not None:
-            if any(has_run):
+            if any(has_run) or context.look.is_ambiguous:
                 context.look = _look_again(unet, film, self.opened.expected, args, kwargs)
             context.look.finish()
             self.opened.is_seen = True
 
 
+def _looked_at(film: FilmModule) -> FirstLook | None:
+    """Return what sees the blocks of a UNet that runs to be looked at alone."""
+    return next((look for looking, look in reversed(stacks.looks) if looking is film), None)
+
+
 def _look_again(unet: nn.Module, film: FilmModule, expected: Expected, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FirstLook:
-    """Run a UNet once more, without the compiler, gradients or FiLM, to see what its blocks do: compiled code tells nothing."""
-    look = expected.look(unet, film)
+    """Run a UNet once more, without the compiler, gradients or FiLM, to see what its blocks do.
+
+    Compiled code tells nothing; and where sizes do not tell channels from space, what runs inside the blocks may.
+    """
+    probe, modules = AxisProbe(), modules_in(unet)
+    look = expected.look(unet, film, (*args, *kwargs.values()), probe)
+    blocks = {stage.path: modules[stage.path] for stage in film.architecture.stages}
     stacks.looks.append((film, look))
     try:
         devices = {parameter.device for parameter in unet.parameters()}
-        with torch.no_grad(), random_streams_kept(devices), buffers_kept(unet), torch.compiler.set_stance("force_eager"):
+        with probe.watching(blocks), torch.no_grad(), random_streams_kept(devices), buffers_kept(unet), torch.compiler.set_stance("force_eager"):
             unet(*args, **kwargs)
     finally:
         stacks.looks.pop()

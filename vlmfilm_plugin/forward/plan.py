@@ -44,7 +44,7 @@ class Selection:
         owner, names = type(unet).__name__, list(modules_in(unet))
         paths = match_targets(names, self.patterns, owner=owner, origin=origin)
         if self.groups is None:
-            stages = plainly_numbered(paths, owner=owner, origin=origin)
+            stages = plainly_numbered(paths, names, owner=owner, origin=origin)
         else:
             stages = grouped(paths, self.groups, names, owner=owner, origin=origin)
         return select_stages(numbered(stages, self.blocks), self.decoder_stages, owner=owner, origin=chosen_by)

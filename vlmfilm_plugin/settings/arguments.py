@@ -71,7 +71,7 @@ class SettingsArguments(TypedDict, total=False):
     head: str
     decoder_stages: Sequence[int] | int | None
     apply_point: str
-    targets: str | Sequence[str] | Callable[[Any], Sequence[str]] | None
+    targets: str | Sequence[str] | Callable[[Any], Any] | None
     blocks: str | None
     spatial_gate: str | None
     junction_gating_config: Mapping[str, object] | JunctionGating | None
