@@ -92,10 +92,13 @@ def channels_of(block: Any) -> int:
 
 
 def stages_of(unet: Any) -> list[list[str]]:
-    """Return the blocks of each resolution, bottleneck first: a level has one more than `num_res_blocks`, of which the last one upsamples."""
-    count = len(unet.output_blocks)
-    size = unet.num_res_blocks + 1
-    return [[f"output_blocks.{number}" for number in range(start, min(start + size, count))] for start in range(0, count, size)]
+    """Return the blocks of each resolution, bottleneck first: the last one of a resolution upsamples behind its first layer."""
+    stages: list[list[str]] = [[]]
+    for number, block in enumerate(unet.output_blocks):
+        stages[-1].append(f"output_blocks.{number}")
+        if any("Upsample" in type(layer).__name__ for layer in block.modules()) and number + 1 < len(unet.output_blocks):
+            stages.append([])
+    return stages
 
 
 def loaded_for_loss(arguments: Mapping[str, Any]) -> Any:

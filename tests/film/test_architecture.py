@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -67,6 +67,37 @@ def test_a_description_of_the_first_format_means_what_it_meant() -> None:
 
 def test_what_this_version_writes_it_reads() -> None:
     check_architecture(read_extra_state(extra_state(HERE.as_dict())), HERE)
+
+
+BLOCKS = (Stage(0, "ups.0.0", 4, 0), Stage(0, "ups.0.1", 4, 1), Stage(2, "ups.2.0", 4))
+
+
+def test_blocks_of_a_stage_are_recorded_and_one_alone_is_written_as_every_format_had_it() -> None:
+    written = replace(HERE, stages=BLOCKS).as_dict()
+    assert written["stages"][1] == {"index": 0, "path": "ups.0.1", "channels": 4, "block": 1}
+    assert set(written["stages"][2]) == set(HERE.as_dict()["stages"][0]) == {"index", "path", "channels"}
+    check_architecture(read_extra_state(extra_state(written)), replace(HERE, stages=BLOCKS))
+    assert as_settings(read_description(written))["decoder_stages"] == [0, 2]
+    with pytest.raises(CheckpointError, match=r"0\.1 \(ups\.0\.1"):
+        check_architecture(read_extra_state(extra_state(written)), HERE)
+
+
+def test_readers_of_older_formats_are_let_read_what_means_the_same_to_them() -> None:
+    assert HERE.as_dict()["readable_by"] == 2
+    assert replace(HERE, feature_transform=("center",)).as_dict()["readable_by"] == 3
+    for changed in (replace(HERE, stages=BLOCKS), replace(HERE, blocks="last")):
+        assert changed.as_dict()["readable_by"] == FORMAT
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [[0], [1, 0], [0, 2], [0, None], [None, None], [0, 0], [0, True], [0, -1], [0, "1"]],
+    ids=str,
+)
+def test_blocks_that_no_version_writes_are_refused(blocks: list[Any]) -> None:
+    stages = [{"index": 0, "path": f"p{i}", "channels": 4, **({} if block is None else {"block": block})} for i, block in enumerate(blocks)]
+    with pytest.raises(CheckpointError, match="description"):
+        read_description({**HERE.as_dict(), "stages": stages})
 
 
 def test_every_older_format_has_its_migration() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vlmfilm_plugin.errors import SettingsError
 from vlmfilm_plugin.settings.layers import layers_of, resolve
 from vlmfilm_plugin.settings.mode import MODES, read_mode
+from vlmfilm_plugin.settings.parsing import EnvText
 from vlmfilm_plugin.settings.record import Settings
 
 NAMES = sorted(Settings().as_dict())
@@ -341,3 +342,38 @@ def test_a_relative_model_folder_is_that_of_the_start_up_folder_and_a_hub_name_s
     ):
         assert resolve([("argument", {"model_name": name})], tmp_path / "start").model_name == expected
     assert resolve([], tmp_path / "start").model_name == "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (("argument", {"targets": "ups.*.1"}), "ups.*.1"),
+        (("argument", {"targets": ["a.*", "re:b[.]\\d"]}), ("a.*", "re:b[.]\\d")),
+        (("environment", {"VLM_FILM_TARGETS": EnvText('["a.*", "b.**"]')}), ("a.*", "b.**")),
+        (("environment", {"VLM_FILM_TARGETS": EnvText("re:[ab].0")}), "re:[ab].0"),
+        (("host config", {"targets": None}), None),
+    ],
+)
+def test_targets_are_one_pattern_or_several_in_every_layer(layer: tuple[str, dict[str, object]], expected: object) -> None:
+    assert resolve([layer]).targets == expected
+
+
+@pytest.mark.parametrize("wrong", [[], "", ["a", 3], 3, {"a": "b"}, [""]])
+def test_targets_that_are_no_patterns_are_refused(wrong: object) -> None:
+    with pytest.raises(SettingsError, match="targets"):
+        resolve([("host config", {"targets": wrong})])
+
+
+def test_a_function_as_targets_is_written_by_name() -> None:
+    def blocks_of(net: object) -> list[str]:
+        return []
+
+    settings = resolve([("argument", {"targets": blocks_of})])
+    assert settings.targets is blocks_of and "blocks_of" in settings.as_dict()["targets"]
+
+
+@pytest.mark.parametrize("wrong", ["first", "", 1, True])
+def test_blocks_are_all_or_last(wrong: object) -> None:
+    assert resolve([("argument", {"blocks": "last"})]).blocks == "last"
+    with pytest.raises(SettingsError, match="blocks"):
+        resolve([("argument", {"blocks": wrong})])

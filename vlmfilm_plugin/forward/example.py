@@ -13,19 +13,21 @@ from torch import Tensor, nn
 
 from vlmfilm_plugin.errors import HostError, TargetMatchError
 from vlmfilm_plugin.film.layout import AXES, RANKS, Layout, convolutions_in, rank_of
+from vlmfilm_plugin.forward.axis_probe import AxisProbe
 from vlmfilm_plugin.forward.kept import buffers_kept, evaluating, random_streams_kept
 from vlmfilm_plugin.host_spec import UNet
 
 Example = Sequence[Any] | Mapping[str, Any] | Tensor
 
 
-def outputs_of(unet: nn.Module, example: Example, blocks: Mapping[str, nn.Module]) -> dict[str, Any]:
+def outputs_of(unet: nn.Module, example: Example, blocks: Mapping[str, nn.Module], probe: AxisProbe) -> dict[str, Any]:
     """Return what each block returned, with features by shape alone, in order of execution.
 
     Random streams, buffers and training flags are afterwards what they were.
 
     Args:
         example: arguments of the forward: a tuple or a list, a mapping by name, or the one tensor.
+        probe: watches what runs inside the blocks.
 
     Raises:
         HostError: the forward failed, a block ran twice or did not run.
@@ -48,7 +50,7 @@ def outputs_of(unet: nn.Module, example: Example, blocks: Mapping[str, nn.Module
     handles = [module.register_forward_hook(watch(path)) for path, module in blocks.items()]
     try:
         with ExitStack() as stack:
-            for kept in (torch.no_grad(), random_streams_kept(devices), buffers_kept(unet), evaluating(unet)):
+            for kept in (torch.no_grad(), random_streams_kept(devices), buffers_kept(unet), evaluating(unet), probe.watching(blocks)):
                 stack.enter_context(kept)
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             unet(*args, **kwargs)
@@ -87,7 +89,7 @@ def stages_by_size(sizes: Mapping[str, tuple[int, ...]], owner: str) -> list[lis
     return [paths for _, paths in groups]
 
 
-def layouts_seen(blocks: Mapping[str, nn.Module], seen: Mapping[str, Any], spec: UNet) -> dict[str, tuple[Layout, Tensor]]:
+def layouts_seen(blocks: Mapping[str, nn.Module], seen: Mapping[str, Any], spec: UNet, probe: AxisProbe) -> dict[str, tuple[Layout, Tensor]]:
     """Return the layout of each block as an example shows it, and its features.
 
     Raises:
@@ -96,16 +98,20 @@ def layouts_seen(blocks: Mapping[str, nn.Module], seen: Mapping[str, Any], spec:
     features = {path: Layout(output=spec.output).take(output, path) for path, output in seen.items()}
     for path, x in features.items():
         _check_rank(blocks[path], x, path, spec.rank)
-    axis = spec.channel_axis or _axis_in(blocks, features)
+    axis = spec.channel_axis or _axis_in(blocks, features, probe)
     return {path: (Layout(x.dim() - 2, axis, spec.output), x) for path, x in features.items()}
 
 
-def _axis_in(blocks: Mapping[str, nn.Module], features: Mapping[str, Tensor]) -> int:
-    """Return where the channels are: at the one axis whose sizes are, in every block, channels that its convolutions give."""
+def _axis_in(blocks: Mapping[str, nn.Module], features: Mapping[str, Tensor], probe: AxisProbe) -> int:
+    """Return where the channels are: at the one axis whose sizes are, in every block, channels that its convolutions give; else by the probe."""
     given = {path: {int(convolution.out_channels) for convolution in convolutions_in(blocks[path])} for path in features}  # type: ignore[arg-type]
     fitting = [axis for axis in AXES if all(x.shape[axis] in given[path] for path, x in features.items())]
     if len(fitting) == 1:
         return fitting[0]
+    for path, x in features.items():
+        probe.judge(path, x)
+    if fitting and probe.is_first:
+        return 1
     path, x = next(iter(features.items()))
     facts = {"block": path, "found": f"a tensor {tuple(x.shape)}", "its convolutions give": sorted(given[path]) or "nothing: there are none"}
     other = ", or give an example of another size" if fitting else ""

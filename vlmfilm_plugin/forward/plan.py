@@ -14,6 +14,7 @@ from vlmfilm_plugin.film.layout import AXES, RANKS, Layout, convolutions_in, ran
 from vlmfilm_plugin.film.module import MARKER
 from vlmfilm_plugin.film.stage_order import Groups, Target, grouped, numbered, plainly_numbered, select_stages, stated_groups
 from vlmfilm_plugin.film.targets import fits, match_targets, texts_of
+from vlmfilm_plugin.forward.axis_probe import AxisProbe
 from vlmfilm_plugin.forward.example import Example, layouts_seen, outputs_of, stages_by_size
 from vlmfilm_plugin.host_spec import BLOCKS, Paths, UNet
 from vlmfilm_plugin.settings.record import Settings
@@ -81,7 +82,9 @@ def plan_of(unet: nn.Module, settings: Settings, spec: UNet, example: Example | 
     patterns = texts_of(given, unet, what="targets", owner=owner, origin=origin)
     paths = match_targets(modules, patterns, owner=owner, origin=origin)
     _refuse_shared(paths, modules, owner)
-    seen = {} if example is None else layouts_seen(modules, outputs_of(unet, example, {path: modules[path] for path in paths}), spec)
+    seen, probe = {}, AxisProbe()
+    if example is not None:
+        seen = layouts_seen(modules, outputs_of(unet, example, {path: modules[path] for path in paths}, probe), spec, probe)
     groups: Groups | None = None
     if spec.stages is not None:
         groups = stated_groups(spec.stages, unet, owner=owner, origin="host adapter")
