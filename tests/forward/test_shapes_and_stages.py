@@ -6,6 +6,7 @@ Every net is small and real; what a statement gets wrong must stop the first for
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
@@ -17,7 +18,10 @@ import torch
 from small_unet import randomise
 from torch import Tensor, nn
 
-from vlmfilm_plugin import FilmHandle, HostError, SettingsError, TargetMatchError, VlmFilmError, attach
+from vlmfilm_plugin import FilmHandle, HostError, SettingsError, TargetMatchError, VlmFilmError, attach, to_port_layout
+from vlmfilm_plugin.run.alarm import ConditionAlarm
+from vlmfilm_plugin.run.log_fields import StepFacts
+from vlmfilm_plugin.run.log_lines import Diagnostics, StageRecorder
 
 FEATURES = 3
 SMALL: dict[str, Any] = {"feature_dim": FEATURES, "cond_dim": 4, "text_mlp_hidden_dim": 4}
@@ -164,6 +168,32 @@ def test_checkpoints_tell_blocks_and_load_into_nothing_else() -> None:
     with pytest.raises(VlmFilmError, match="another architecture") as caught:
         last.unet.load_state_dict(handle.unet.state_dict())
     assert "0.1 (ups.0.1" in str(caught.value) and "blocks=all" in str(caught.value)
+
+
+def test_the_ports_layout_has_one_head_a_stage() -> None:
+    with pytest.raises(VlmFilmError, match="one head a stage"):
+        to_port_layout(attach(Net(), **STATED, **SMALL).unet.state_dict())
+    assert to_port_layout(attach(Net(), **STATED, blocks="last", **SMALL).unet.state_dict())
+
+
+def test_the_alarm_and_the_log_lines_tell_blocks_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    handle = attach(Net(), **STATED, **SMALL)
+    with torch.no_grad():
+        for head in handle.film.all_heads():
+            head.mlp[2].bias.fill_(1.0)
+        handle.film.head(1).mlp[2].weight.normal_()
+    alarm = ConditionAlarm(handle.settings)
+    alarm.collect(["a", "b"], torch.randn(2, FEATURES))
+    verdicts = alarm.read(handle.film, 1)
+    assert {key for key, verdict in verdicts.items() if verdict.is_dead} == {"0.0", 1, "2.0", "2.1", "2.2"} and len(verdicts) == 6
+    assert "at stages 0.0, 1, 2.0, 2.1, 2.2 (it does reach stage 0.1)" in capsys.readouterr().out
+    recorder = StageRecorder(Diagnostics(handle.settings), StepFacts("train", 0, 0, 0, 2, "on", "post_block2", "image"), verdicts)
+    x, gamma = torch.randn(2, 4, 3, 3), torch.ones(2, 4, 1, 1)
+    for stage in (*handle.stages, *handle.stages):
+        recorder.record(stage, x, x, gamma, 0 * gamma, None)
+    lines = [json.loads(line.split("] ", 1)[1]) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["film_stage_idx"], line.get("film_block_idx")) for line in lines] == [(0, 0), (0, 1), (1, None), (2, 0), (2, 1), (2, 2)]
+    assert lines[1]["gamma_between_images"] > 0 == lines[0]["gamma_between_images"]
 
 
 def test_copies_and_pickles_use_their_own_heads() -> None:

@@ -135,6 +135,10 @@ def to_port_layout(state: Mapping[str, Any]) -> dict[str, Any]:
     if described.get("feature_control", "none") != "none":
         facts = {"found": "feature_control constant: one feature for all images", "expected": "FiLM of each image's own feature"}
         raise CheckpointError("cannot write the port's layout: the port has no such control", facts, "export in the package's own layout")
+    several = sorted({stage["index"] for stage in described["stages"] if stage.get("block") is not None})
+    if several:
+        facts = {"found": f"several blocks at stages {several}", "expected": "one block a stage"}
+        raise CheckpointError("cannot write the port's layout: the port has one head a stage", facts, "export in the package's own layout")
     scales = {name: described.get(name) for name in ("gamma_scale", "beta_scale")}
     if any(scale is not None for scale in scales.values()):
         film_logger().warning(
