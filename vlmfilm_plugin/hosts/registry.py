@@ -12,6 +12,7 @@ import pluggy
 from vlmfilm_plugin import host_spec
 from vlmfilm_plugin.errors import HostError
 from vlmfilm_plugin.host_spec import HostSpec, Listing
+from vlmfilm_plugin.hosts.adapter_files import FileAdapter
 
 
 class AdapterRegistry:
@@ -25,7 +26,7 @@ class AdapterRegistry:
         self._manager.add_hookspecs(host_spec)
         self.failures: list[tuple[str, BaseException]] = []
 
-    def load(self, entry_point: EntryPoint) -> None:
+    def load(self, entry_point: EntryPoint | FileAdapter) -> None:
         """Load one host adapter; a broken one is noted and the others go on."""
         try:
             self.register(entry_point.load())
