@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -59,11 +60,31 @@ def test_without_a_mode_the_file_is_not_even_looked_for(own: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [(None, "no such file"), ("def (", "SyntaxError"), ("1 / 0", "ZeroDivisionError"), ("x = 1", "vlmfilm_modules"), ("vlmfilm_modules = 'own_net'", "own_net")],
+    [
+        (None, "no such file"),
+        ("def (", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("x = 1", "vlmfilm_modules"),
+        ("vlmfilm_modules = 'own_net'", "own_net"),
+    ],
 )
 def test_a_file_that_cannot_be_used_stops_the_run_and_is_named(own: Path, text: str | None, said: str) -> None:
     if text is not None:
         (own / "bad.py").write_text(text)
-    result = run_code("import torch; print('went on')", cwd=own, VLM_FILM_MODE="on", VLM_FILM_HOSTS="adapter.py:bad.py")
+    result = run_code("import torch; print('went on')", cwd=own, VLM_FILM_MODE="on", VLM_FILM_HOSTS=os.pathsep.join(["adapter.py", "bad.py"]))
     assert result.returncode != 0 and "went on" not in result.stdout
     assert "bad.py" in result.stderr and said in result.stderr
+
+
+@pytest.mark.parametrize(("returned", "said"), [("{'name': 'own'}", "returned {'name': 'own'}"), ("missing(module)", "NameError")])
+def test_an_adapter_that_returns_the_wrong_record_or_fails_stops_the_run(own: Path, returned: str, said: str) -> None:
+    head = ADAPTER.split("    return")[0]
+    (own / "bad.py").write_text(f"{head}    return {returned}\n")
+    result = run_code(BUILD, cwd=own, VLM_FILM_MODE="on", VLM_FILM_HOSTS="bad.py")
+    assert result.returncode != 0 and result.stdout == "" and said in result.stderr
+
+
+def test_a_file_without_hookimpl_stops_the_run(own: Path) -> None:
+    (own / "bad.py").write_text(ADAPTER.replace("@hookimpl\n", ""))
+    result = run_code(BUILD, cwd=own, VLM_FILM_MODE="on", VLM_FILM_HOSTS="bad.py")
+    assert result.returncode != 0 and result.stdout == "" and "hook" in result.stderr and "bad.py" in result.stderr

@@ -71,7 +71,8 @@ class Activation:
             return
         from_files = self._files()
         adapters = self._adapters = {}
-        for entry in [*installed(HOSTS), *from_files]:
+        found: list[EntryPoint | FileAdapter] = [*installed(HOSTS), *from_files]
+        for entry in found:
             adapters.setdefault(entry.name, []).append(entry)
         for name in adapters:
             if name in sys.modules and not is_initialising(sys.modules[name]):

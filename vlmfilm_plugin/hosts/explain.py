@@ -11,11 +11,16 @@ from types import ModuleType
 
 from vlmfilm_plugin.entry_points import package_of
 from vlmfilm_plugin.errors import HostError, some_of
+from vlmfilm_plugin.hosts.adapter_files import FileAdapter
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE, STRICT_VARIABLE
 
 
 def nothing_attached(
-    optimizer: str, mode: str | None, entries: Mapping[str, Sequence[EntryPoint]], seen: Mapping[str, str], failures: Mapping[str, BaseException]
+    optimizer: str,
+    mode: str | None,
+    entries: Mapping[str, Sequence[EntryPoint | FileAdapter]],
+    seen: Mapping[str, str],
+    failures: Mapping[str, BaseException],
 ) -> HostError:
     """Return the error of a process that was asked for FiLM and is about to train without it.
 

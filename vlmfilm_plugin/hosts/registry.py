@@ -60,9 +60,15 @@ class AdapterRegistry:
         """Return what the one host adapter that recognises `module` says of it, or None.
 
         Raises:
-            HostError: more than one host adapter recognises it.
+            HostError: more than one host adapter recognises it, or one returned something else than a `HostSpec`.
         """
         specs: Sequence[HostSpec] = self._manager.hook.vlmfilm_host(module=module)
+        for wrong in (spec for spec in specs if not isinstance(spec, HostSpec)):
+            raise HostError(
+                f"cannot use what a host adapter says of {module.__name__}",
+                {"found": f"`vlmfilm_host` returned {wrong!r:.200}", "expected": "a `vlmfilm_plugin.HostSpec`, or None"},
+                "correct the host adapter",
+            )
         if len(specs) > 1:
             raise HostError(
                 f"more than one host adapter recognises {module.__name__}",
