@@ -88,3 +88,9 @@ def test_a_file_without_hookimpl_stops_the_run(own: Path) -> None:
     (own / "bad.py").write_text(ADAPTER.replace("@hookimpl\n", ""))
     result = run_code(BUILD, cwd=own, VLM_FILM_MODE="on", VLM_FILM_HOSTS="bad.py")
     assert result.returncode != 0 and result.stdout == "" and "hook" in result.stderr and "bad.py" in result.stderr
+
+
+def test_the_end_of_a_run_whose_host_never_came_names_the_file(own: Path) -> None:
+    code = "import torch; w = torch.nn.Linear(2, 2); o = torch.optim.SGD(w.parameters(), 0.1); w(torch.ones(1, 2)).sum().backward(); o.step()"
+    result = run_code(code, cwd=own, VLM_FILM_MODE="on", VLM_FILM_HOSTS="adapter.py")
+    assert "adapter.py knows" in result.stderr and "AttributeError" not in result.stderr
