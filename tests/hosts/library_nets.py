@@ -145,10 +145,8 @@ def _ddpm(module: str, name: str, dim: int, mults: tuple[int, ...], stages: list
 def _unet2d(channels: tuple[int, ...], up: tuple[str, ...], stages: list[list[int]], layers: int = 1, **more: Any) -> Net:
     def build(cls: Any) -> Any:
         down = tuple(kind.replace("Up", "Down") for kind in reversed(up))
-        return cls(
-            None, 3, 1, block_out_channels=channels, down_block_types=down, up_block_types=up, layers_per_block=layers, norm_num_groups=4,
-            attention_head_dim=4, **more,
-        )  # fmt: skip
+        known = {"out_channels": 1, "norm_num_groups": 4, "attention_head_dim": 4, "layers_per_block": layers, **more}
+        return cls(None, 3, block_out_channels=channels, down_block_types=down, up_block_types=up, **known)
 
     def inputs() -> dict[str, Any]:
         return {"sample": x(2, 3, 32, 32), "timestep": torch.tensor([3, 7])}
@@ -181,7 +179,7 @@ NETS: dict[str, Net] = {
     "UNet2DModel, two layers, resnet upsampling": _unet2d(
         (8, 16, 16), ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), [[16] * 3, [16] * 3, [8] * 3], layers=2, upsample_type="resnet", downsample_type="resnet"
     ),
-    "UNet2DModel, skip blocks": _unet2d((8, 16), ("AttnSkipUpBlock2D", "SkipUpBlock2D"), [[16, 16], [8, 8]]),
+    "UNet2DModel, skip blocks": _unet2d((32, 64), ("AttnSkipUpBlock2D", "SkipUpBlock2D"), [[64, 64], [32, 32]], out_channels=3),
     "UNet2DConditionModel": _conditioned((8, 16), ("UpBlock2D", "CrossAttnUpBlock2D"), [[16, 16], [8, 8]]),
     "UNet2DConditionModel, three levels": _conditioned((8, 8, 16), (CROSS[1], *CROSS), [[16] * 3, [8] * 3, [8] * 3], layers=2),
     "DiffusionModelUNet 2d": _diffusion(2, (8, 16), 1, [[16, 16], [8, 8]]),

@@ -52,6 +52,15 @@ def called(unet: Any, inputs: dict[str, Any]) -> list[Tensor]:
     return leaves(unet(**inputs))
 
 
+def can_be_pickled(unet: Any) -> bool:
+    """Tell whether the plain net can: some libraries hold lambdas."""
+    try:
+        pickle.dumps(unet)
+    except (AttributeError, pickle.PicklingError):
+        return False
+    return True
+
+
 @pytest.mark.parametrize("net", ALL)
 def test_film_is_where_the_adapter_says_acts_trains_and_is_nothing_in_off(net: Net) -> None:
     unet, inputs = built(net), net.inputs()
@@ -97,9 +106,10 @@ def test_film_is_where_the_adapter_says_acts_trains_and_is_nothing_in_off(net: N
 @pytest.mark.parametrize("net", ALL[::3])
 def test_copies_and_pickles_modulate_by_heads_of_their_own(net: Net) -> None:
     unet, inputs = built(net), net.inputs()
+    is_pickled = can_be_pickled(unet)
     handle = attached(net, unet, "on")
     wake(handle.film)
-    copied, pickled = copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))
+    copied = copy.deepcopy(unet)
     features = torch.randn(next(iter(inputs.values())).shape[0], FEATURES)
     with torch.no_grad():
         with handle.condition(features=features):
@@ -109,7 +119,8 @@ def test_copies_and_pickles_modulate_by_heads_of_their_own(net: Net) -> None:
                 parameter.zero_()
             assert any(not torch.equal(*pair) for pair in zip(own, called(copied, inputs), strict=True))
             assert all(map(torch.equal, own, called(unet, inputs)))
-    assert pickled.state_dict().keys() == unet.state_dict().keys()
+    if is_pickled:
+        assert pickle.loads(pickle.dumps(unet)).state_dict().keys() == unet.state_dict().keys()
 
 
 @pytest.mark.parametrize("net", ALL)

@@ -20,8 +20,6 @@ class _Named(type):
 
 
 class _Module(types.ModuleType):
-    __path__: list[str] = []
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -40,7 +38,9 @@ class _Finder:
 
     @staticmethod
     def create_module(spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return _Module(spec.name)
+        module = _Module(spec.name)
+        module.__path__ = []
+        return module
 
     @staticmethod
     def exec_module(module: types.ModuleType) -> None:

@@ -27,6 +27,7 @@ from vlmfilm_plugin.log import say
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE, STRICT_VARIABLE, is_strict, read_mode, refuse_changed_mode
 
 if TYPE_CHECKING:
+    from vlmfilm_plugin.hosts.library_unets import LibraryUNets
     from vlmfilm_plugin.hosts.registry import AdapterRegistry
     from vlmfilm_plugin.run.runtime import Runtime
     from vlmfilm_plugin.run.training_check import TrainingCheck
@@ -41,6 +42,7 @@ class Activation:
     Attributes:
         error: what is wrong with the mode, or None.
         seen: host modules that were imported, by name -> what became of them.
+        libraries: modules of libraries that were imported likewise; that alone asks for nothing.
         late: host modules that were imported before activation.
     """
 
@@ -50,11 +52,13 @@ class Activation:
         self.error: VlmFilmError | None = None
         self.mode: str | None = None
         self.seen: dict[str, str] = {}
+        self.libraries: dict[str, str] = {}
         self.late: set[str] = set()
         self._is_watching = False
         self._registry: AdapterRegistry | None = None
         self._runtime: Runtime | None = None
         self._adapters: dict[str, list[EntryPoint]] = {}
+        self._library_unets: LibraryUNets | None = None
         self.is_strict = True
         try:
             self.is_strict = is_strict(self.environ)
@@ -97,6 +101,15 @@ class Activation:
             self._registry = AdapterRegistry()
         return self._registry
 
+    @property
+    def library_unets(self) -> LibraryUNets:
+        """Return the UNets of libraries."""
+        if self._library_unets is None:
+            from vlmfilm_plugin.hosts.library_unets import LibraryUNets
+
+            self._library_unets = LibraryUNets(lambda: self.runtime, self._has_host)
+        return self._library_unets
+
     def host_imported(self, adapters: list[EntryPoint], module: ModuleType) -> None:
         """Recognise and patch a host module whose import has finished."""
         from vlmfilm_plugin.hosts.patches import patch_host
@@ -114,9 +127,16 @@ class Activation:
                 if len(self.registry.failures) > known:
                     self._refuse_failed(name, *self.registry.failures[-1])
                 return
+            if spec.is_library and self.error is not None:
+                self.libraries[name] = "not watched: the mode is wrong"
+                return
             if self.error is not None:
                 raise self.error
             self._refuse_late(module, spec)
+            if spec.is_library:
+                self.library_unets.patch(spec)
+                self.libraries[name] = f"watched as {spec.name}"
+                return
             patch_host(module, spec, self.runtime)
             self.seen[name] = f"patched as {spec.name}"
             self.training.stop_watching_networks()
@@ -136,13 +156,17 @@ class Activation:
         if self._runtime is not None and self._runtime.left:
             return True
         film = sys.modules.get(_FILM)
-        return film is not None and bool(film.is_any_attached())
+        counts = () if self._library_unets is None else (self._library_unets.is_attached,)
+        return film is not None and bool(film.is_any_attached(*counts))
+
+    def _has_host(self) -> bool:
+        return any(fate.startswith("patched") for fate in self.seen.values())
 
     def _nothing_attached(self, optimizer: str) -> VlmFilmError:
         if self.error is not None:
             return self.error
         failures = {} if self._registry is None else dict(self._registry.failures)
-        return nothing_attached(optimizer, self.environ.get(MODE_VARIABLE), self._adapters, self.seen, failures)
+        return nothing_attached(optimizer, self.environ.get(MODE_VARIABLE), self._adapters, self.seen | self.libraries, failures)
 
     def _refuse_failed(self, name: str, adapter: str, failure: BaseException) -> None:
         """Stop a host whose own host adapter cannot be loaded."""
