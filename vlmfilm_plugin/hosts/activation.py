@@ -247,7 +247,15 @@ def activate() -> Activation:
     return _activation
 
 
-def running_batch(batch: Any, *, phase: str, value_range: tuple[float, float] = (0.0, 1.0), step: int | None = None) -> AbstractContextManager[None]:
+def running_batch(
+    batch: Any,
+    *,
+    phase: str,
+    value_range: tuple[float, float] = (0.0, 1.0),
+    step: int | None = None,
+    loaded: Any = None,
+    is_whole: bool = False,
+) -> AbstractContextManager[None]:
     """Publish the batch that UNet forwards inside the block belong to: for training loops of your own around a supported host.
 
     Args:
@@ -255,6 +263,9 @@ def running_batch(batch: Any, *, phase: str, value_range: tuple[float, float] = 
         phase: `train`, `val`, `test` or `predict`.
         value_range: (low, high) of the images.
         step: the training step; it seeds `shuffle` and decides which steps are logged.
+        loaded: the tensor (B, ...) by which the row ledger knows the rows, where `image` is not what the data loader gave.
+        is_whole: `image` shows the whole image or volume of each row, neither cropped nor augmented: then its pixels may stand for a file that
+            cannot be read as an image. For volumes: a slice or a projection of the whole, (B, C, H, W), made before any crop.
 
     Raises:
         SettingsError: the process is not activated.
@@ -265,7 +276,7 @@ def running_batch(batch: Any, *, phase: str, value_range: tuple[float, float] = 
             {"found": f"{MODE_VARIABLE}={os.environ.get(MODE_VARIABLE)!r}", "expected": "on, off or shuffle, before `import torch`"},
             f"set {MODE_VARIABLE}, or use `vlmfilm_plugin.attach(unet)` and `handle.condition(...)`",
         )
-    return _activation.runtime.batch(batch, phase=phase, value_range=value_range, step=step)
+    return _activation.runtime.batch(batch, phase=phase, value_range=value_range, step=step, loaded=loaded, is_whole=is_whole)
 
 
 def _has_film_existed() -> bool:
