@@ -17,7 +17,9 @@ NAME = "MONAI"
 
 @hookimpl
 def vlmfilm_host(module: ModuleType) -> HostSpec | None:
-    """Describe the UNet classes of one module of `monai.networks.nets`, or return None."""
+    """Describe the UNet classes of one module of `monai.networks.nets`, or what cuts windows, or return None."""
+    if module.__name__ == "monai.inferers.utils":
+        return HostSpec(name=NAME, windows=["sliding_window_inference"], is_library=True) if hasattr(module, "sliding_window_inference") else None
     if not module.__name__.startswith("monai.networks.nets."):
         return None
     unets = []

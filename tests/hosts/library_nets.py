@@ -177,7 +177,12 @@ NETS: dict[str, Net] = {
     "ddpm 1d": _ddpm("denoising_diffusion_pytorch_1d", "Unet1D", 8, (1, 2, 4), [[32], [16], [8]], (3, 32)),
     "UNet2DModel": _unet2d((8, 16), ("AttnUpBlock2D", "UpBlock2D"), [[16, 16], [8, 8]]),
     "UNet2DModel, two layers, resnet upsampling": _unet2d(
-        (8, 16, 16), ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), [[16] * 3, [16] * 3, [8] * 3], layers=2, upsample_type="resnet", downsample_type="resnet"
+        (8, 16, 16),
+        ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        [[16] * 3, [16] * 3, [8] * 3],
+        layers=2,
+        upsample_type="resnet",
+        downsample_type="resnet",
     ),
     "UNet2DModel, skip blocks": _unet2d((32, 64), ("AttnSkipUpBlock2D", "SkipUpBlock2D"), [[64, 64], [32, 32]], out_channels=3),
     "UNet2DConditionModel": _conditioned((8, 16), ("UpBlock2D", "CrossAttnUpBlock2D"), [[16, 16], [8, 8]]),

@@ -200,3 +200,29 @@ assert all(torch.equal(held[name], value) for name, value in unet.state_dict().i
 """,
         tmp_path,
     )
+
+
+@needs_monai
+def test_sliding_windows_of_several_images_are_refused_and_of_one_are_not(tmp_path: Path) -> None:
+    code = (
+        NET
+        + """
+import pickle
+from monai.inferers import SlidingWindowInferer, sliding_window_inference
+assert pickle.loads(pickle.dumps(sliding_window_inference)) is sliding_window_inference
+unet = net(0).eval()
+torch.nn.init.normal_(unet.vlm_film.heads[3].mlp[2].weight) if hasattr(unet, "vlm_film") else None
+# As many windows a call as images: row i would pass for a window of image i.
+x = torch.rand(2, 1, 48, 48)
+for images, windows in ((x, 2), (x[:1], 4), (x[:1], 1)):
+    try:
+        with vlmfilm_plugin.running_batch({"image": images}, phase="test"), torch.no_grad():
+            SlidingWindowInferer(32, sw_batch_size=windows)(images, unet)
+        print("RAN", len(images), windows)
+    except vlmfilm_plugin.errors.ConditionError as error:
+        print("REFUSED", len(images), windows, str(error).splitlines()[0])
+"""
+    )
+    said = run(code, tmp_path)
+    assert "REFUSED 2 2 cannot tell which image each window of sliding_window_inference belongs to" in said and said.count("RAN 1") == 2
+    assert run(code, tmp_path, "off").count("RAN") == 3

@@ -15,7 +15,9 @@ from vlmfilm_plugin.forward.attach import install
 from vlmfilm_plugin.forward.handle import FilmHandle
 from vlmfilm_plugin.settings.layers import layers_of, resolve
 
-ALL = [pytest.param(net, id=name, marks=pytest.mark.skipif(not net.is_installed, reason=f"{net.package} is not installed")) for name, net in NETS.items()]
+ALL = [
+    pytest.param(net, id=name, marks=pytest.mark.skipif(not net.is_installed, reason=f"{net.package} is not installed")) for name, net in NETS.items()
+]
 FEATURES = 6
 
 
@@ -111,14 +113,13 @@ def test_copies_and_pickles_modulate_by_heads_of_their_own(net: Net) -> None:
     wake(handle.film)
     copied = copy.deepcopy(unet)
     features = torch.randn(next(iter(inputs.values())).shape[0], FEATURES)
-    with torch.no_grad():
-        with handle.condition(features=features):
-            own, other = called(unet, inputs), called(copied, inputs)
-            assert all(map(torch.equal, own, other))
-            for parameter in copied.vlm_film.parameters():
-                parameter.zero_()
-            assert any(not torch.equal(*pair) for pair in zip(own, called(copied, inputs), strict=True))
-            assert all(map(torch.equal, own, called(unet, inputs)))
+    with torch.no_grad(), handle.condition(features=features):
+        own, other = called(unet, inputs), called(copied, inputs)
+        assert all(map(torch.equal, own, other))
+        for parameter in copied.vlm_film.parameters():
+            parameter.zero_()
+        assert any(not torch.equal(*pair) for pair in zip(own, called(copied, inputs), strict=True))
+        assert all(map(torch.equal, own, called(unet, inputs)))
     if is_pickled:
         assert pickle.loads(pickle.dumps(unet)).state_dict().keys() == unet.state_dict().keys()
 

@@ -12,7 +12,7 @@ import functools
 import multiprocessing
 import os
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.metadata import EntryPoint
 from types import ModuleType
@@ -134,7 +134,7 @@ class Activation:
                 raise self.error
             self._refuse_late(module, spec)
             if spec.is_library:
-                self.library_unets.patch(spec)
+                self.library_unets.patch(module, spec)
                 self.libraries[name] = f"watched as {spec.name}"
                 return
             patch_host(module, spec, self.runtime)
@@ -256,7 +256,9 @@ def running_batch(
     loaded: Any = None,
     is_whole: bool = False,
 ) -> AbstractContextManager[None]:
-    """Publish the batch that UNet forwards inside the block belong to: for training loops of your own around a supported host.
+    """Publish the batch that UNet forwards inside the block belong to: for training loops of your own around a supported host or library.
+
+    Nothing happens where `VLM_FILM_MODE` is unset: the same script runs plain.
 
     Args:
         batch: a mapping with `image` (B, C, H, W) and, where there are any, names (see the README on cache keys).
@@ -268,8 +270,10 @@ def running_batch(
             cannot be read as an image. For volumes: a slice or a projection of the whole, (B, C, H, W), made before any crop.
 
     Raises:
-        SettingsError: the process is not activated.
+        SettingsError: `VLM_FILM_MODE` is set, and the process is not activated, or the mode is none.
     """
+    if _activation is None and MODE_VARIABLE not in os.environ:
+        return nullcontext()
     if _activation is None or _activation.mode is None:
         raise SettingsError(
             "cannot publish a batch: VLM-FiLM is not active in this process",

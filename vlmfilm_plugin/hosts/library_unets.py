@@ -11,9 +11,11 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
+from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.host_spec import HostSpec, UNet
 from vlmfilm_plugin.hosts.wrapping import Undo, replace, undo_all, when_built
 from vlmfilm_plugin.log import film_logger
@@ -47,9 +49,10 @@ class LibraryUNets:
         self._attached: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
         self._loading = _Loading()
 
-    def patch(self, spec: HostSpec) -> Undo:
+    def patch(self, module: ModuleType, spec: HostSpec) -> Undo:
         """Watch for UNets of one module of a library; a second call for the same classes changes nothing."""
-        undos: list[Undo] = []
+        cutting = {name: getattr(module, name) for name in spec.windows if not hasattr(getattr(module, name), _MARK)}
+        undos: list[Undo] = [replace(module, name, _one_image_at_a_time(function, self._has_film)) for name, function in cutting.items()]
         for unet in spec.unets:
             if _MARK in vars(unet.cls):
                 continue
@@ -109,6 +112,9 @@ class LibraryUNets:
                 type(meant[0]).__name__,
             )
 
+    def _has_film(self) -> bool:
+        return len(self._attached) > 0 and self._runtime().mode != "off"
+
     def _trains(self, unet: Any) -> bool:
         from vlmfilm_plugin.run.training_check import living_optimizers
 
@@ -137,6 +143,27 @@ class LibraryUNets:
 
         functools.update_wrapper(from_pretrained, getattr(original, "__func__", original))
         return replace(cls, "from_pretrained", classmethod(from_pretrained))
+
+
+def _one_image_at_a_time(function: Callable[..., Any], has_film: Callable[[], bool]) -> Callable[..., Any]:
+    """Return a function that cuts windows, refused with several images while FiLM looks at each: a call's rows may be windows of several."""
+
+    # No proxy: a host may pickle it by name.
+    @functools.wraps(function)
+    def windows(*args: Any, **kwargs: Any) -> Any:
+        from vlmfilm_plugin.forward.context import batch_in_force
+
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        if inputs.shape[0] > 1 and has_film() and batch_in_force() is not None:
+            raise ConditionError(
+                f"cannot tell which image each window of {function.__name__} belongs to",
+                {"found": f"{inputs.shape[0]} images in one call", "expected": "one image a call: its windows may be as many as you like"},
+                "evaluate with batch size 1",
+            )
+        return function(*args, **kwargs)
+
+    setattr(windows, _MARK, True)
+    return windows
 
 
 def _was_loaded(unet: Any) -> bool:
