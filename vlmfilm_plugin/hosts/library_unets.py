@@ -40,7 +40,7 @@ class LibraryUNets:
 
     Args:
         runtime: returns the run; first asked when a UNet is built.
-        has_host: tells whether a host was recognised whose own adapter says which UNets it has.
+        has_host: tells whether a host was recognised whose own host adapter says which UNets it has.
     """
 
     def __init__(self, runtime: Callable[[], Runtime], has_host: Callable[[], bool]) -> None:
