@@ -33,6 +33,14 @@ def level(number: int, count: int) -> int:
     return 40 + number * 140 // max(count - 1, 1)
 
 
+# Where a UNet's call has the image, and the value of black in it.
+_SHOWN: dict[str, tuple[float, Callable[..., Tensor]]] = {
+    "concatenated": (0.0, lambda x, *_, **__: x[:, :-1]),
+    "condition": (-1.0, lambda x, time, cond, *_, **__: cond),
+    "input": (0.0, lambda x, *_, **__: x),
+}
+
+
 class Probe:
     """Watches one UNet.
 
@@ -44,10 +52,11 @@ class Probe:
 
     def __init__(self, unet: Any, block: Any, head: int, files: list[Path], shown: Callable[..., Tensor], low: float, high: float) -> None:
         from vlmfilm_plugin.encoders.descriptor import DescriptorEncoder
-        from vlmfilm_plugin.features.images import read_image
+        from vlmfilm_plugin.features.images import from_tensor, read_image
 
         self.unet, self.head, self.shown, self.low, self.high = unet, head, shown, low, high
-        self.features = DescriptorEncoder().encode([read_image(file) for file in files]).half().float()
+        images = [from_tensor(torch.load(file), (0.0, 1.0)) if file.suffix == ".pt" else read_image(file) for file in files]
+        self.features = DescriptorEncoder().encode(images).half().float()
         self.levels = np.array([level(number, len(files)) for number in range(len(files))])
         self.rows: list[tuple[int, int, bool]] = []
         self.before: Tensor | None = None
@@ -103,7 +112,7 @@ def watch(kind: str) -> None:
         if handle is not None:
             wake(unet.vlm_film)
             path = handle.stages[0].path
-            low, shown = (0.0, lambda x, *_, **__: x[:, :-1]) if kind == "concatenated" else (-1.0, lambda x, time, cond, *_, **__: cond)
+            low, shown = _SHOWN[kind]
             probes.append(Probe(unet, unet.get_submodule(path), 0, files, shown, low, 1.0))
         return handle
 

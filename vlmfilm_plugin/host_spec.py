@@ -248,6 +248,11 @@ class HostSpec:
         recompute: names in this module that hold a checkpoint function of the host's own, called with the function to run again first;
             `torch.utils.checkpoint` needs no mention.
         choose_image: of several files that were opened for one item (modalities, say) and may each be its image: the one that is, or None.
+        is_library: the module is part of a library that is imported for many purposes, and says nothing of what the run trains: nothing
+            happens before a UNet of it is built. One gets FiLM unless a host with a host adapter of its own was recognised; of several, those
+            get it that train, or whose FiLM was loaded: a frozen teacher beside them stays plain.
+        windows: names of functions of a library's module that cut their first argument (B, ...) into windows and call a UNet on several of
+            them at once: with FiLM they take one image at a time, since rows of one call may be windows of several.
     """
 
     name: str
@@ -258,6 +263,8 @@ class HostSpec:
     image_files: Sequence[ImageFiles] = ()
     recompute: Sequence[str] = field(default=())
     choose_image: Callable[[Sequence[str]], str | None] | None = None
+    is_library: bool = False
+    windows: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from vlmfilm_plugin.features.store.registry import open_store
 from vlmfilm_plugin.features.stored import StoredFeatures, current
 from vlmfilm_plugin.features.value_range import LOOKED_AT, refuse_narrow_range, siblings
 from vlmfilm_plugin.log import film_logger
+from vlmfilm_plugin.rows.data_set_items import VOLUMES
 from vlmfilm_plugin.settings.record import Settings
 
 if TYPE_CHECKING:
@@ -93,6 +95,8 @@ class FeatureProvider:
         value_range: tuple[float, float],
         files: Mapping[str, Path | None] | None = None,
         loaded: Callable[[], Sequence[Path | None]] | None = None,
+        *,
+        is_whole: bool = False,
     ) -> list[Sample]:
         """Return the samples of a batch.
 
@@ -104,8 +108,11 @@ class FeatureProvider:
             image: (B, C, H, W) in value_range.
             files: the untouched file behind a name, as the host's data sets know it.
             loaded: returns the file of each row as the row ledger knows it.
+            is_whole: the tensor shows each row's whole image or volume: it stands for a file of a volume, of which it is the view to encode.
         """
         found = RowNames.find(batch, image.shape[0], dataset_root=self.dataset_root, files=files, loaded=loaded)
+        if is_whole:
+            found = replace(found, paths=tuple([None if path is None or path.name.lower().endswith(VOLUMES) else path for path in found.paths]))
         named = sample_keys(found, image, self.dataset_root)
         self._announce(named.keys[0], named.source)
         loads: list[Callable[[], Image]] = [

@@ -6,7 +6,7 @@ import copy
 import inspect
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 from weakref import WeakSet
@@ -97,6 +97,8 @@ class FilmModule(nn.Module):
     # Of the encoder, in earlier versions: their checkpoints are of this encoder. No part of what is saved.
     former_fingerprints: tuple[str, ...] = ()
     is_transform_open = False
+    # Weights of FiLM were loaded into this one.
+    was_loaded = False
     # Set by `learning_rate`.
     lr_scale = 1.0
 
@@ -251,6 +253,7 @@ class FilmModule(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *args: Any) -> None:
         has_film = any(key.startswith(prefix) for key in state_dict)
         self.baseline_load = None if has_film else uuid.uuid4().hex
+        self.was_loaded |= has_film
         if f"{prefix}_extra_state" in state_dict:
             self._check(state_dict, prefix)
         elif not _is_strict(strict):
@@ -334,9 +337,9 @@ def _is_strict(passed: bool) -> bool:
     return passed
 
 
-def is_any_attached() -> bool:
-    """Tell whether a module of this process holds FiLM now."""
-    return any(not film.is_removed for film in list(_living))
+def is_any_attached(counts: Callable[[FilmModule], bool] = lambda film: True) -> bool:
+    """Tell whether a module of this process holds FiLM now, of those that count."""
+    return any(not film.is_removed and counts(film) for film in list(_living))
 
 
 def film_modules(model: nn.Module) -> list[FilmModule]:

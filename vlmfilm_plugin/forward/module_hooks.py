@@ -135,8 +135,10 @@ class OpenContext:
         self.is_seen = False
 
     @uncompiled
-    def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        film = getattr(unet, ATTRIBUTE)
+    def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        film = getattr(unet, ATTRIBUTE, None)
+        if film is None or kwargs is None:
+            return  # Taken out by a hook of this very call, whose list of hooks torch had read before.
         if (look := _looked_at(film)) is not None:
             conditioning.push_context(ForwardContext(film, None, mode="off", look=look))
             return

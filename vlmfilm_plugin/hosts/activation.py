@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.metadata import EntryPoint
 from types import ModuleType
@@ -29,6 +29,7 @@ from vlmfilm_plugin.log import say
 from vlmfilm_plugin.settings.mode import HOSTS_VARIABLE, MODE_VARIABLE, STRICT_VARIABLE, is_strict, read_mode, refuse_changed_mode
 
 if TYPE_CHECKING:
+    from vlmfilm_plugin.hosts.library_unets import LibraryUNets
     from vlmfilm_plugin.hosts.registry import AdapterRegistry
     from vlmfilm_plugin.run.runtime import Runtime
     from vlmfilm_plugin.run.training_check import TrainingCheck
@@ -43,6 +44,7 @@ class Activation:
     Attributes:
         error: what is wrong with the mode, or None.
         seen: host modules that were imported, by name -> what became of them.
+        libraries: modules of libraries that were imported likewise; that alone asks for nothing.
         late: host modules that were imported before activation.
     """
 
@@ -52,11 +54,13 @@ class Activation:
         self.error: VlmFilmError | None = None
         self.mode: str | None = None
         self.seen: dict[str, str] = {}
+        self.libraries: dict[str, str] = {}
         self.late: set[str] = set()
         self._is_watching = False
         self._registry: AdapterRegistry | None = None
         self._runtime: Runtime | None = None
         self._adapters: dict[str, list[EntryPoint | FileAdapter]] = {}
+        self._library_unets: LibraryUNets | None = None
         self.is_strict = True
         try:
             self.is_strict = is_strict(self.environ)
@@ -115,6 +119,15 @@ class Activation:
             self._registry = AdapterRegistry()
         return self._registry
 
+    @property
+    def library_unets(self) -> LibraryUNets:
+        """Return the UNets of libraries."""
+        if self._library_unets is None:
+            from vlmfilm_plugin.hosts.library_unets import LibraryUNets
+
+            self._library_unets = LibraryUNets(lambda: self.runtime, self._has_host)
+        return self._library_unets
+
     def host_imported(self, adapters: Sequence[EntryPoint | FileAdapter], module: ModuleType) -> None:
         """Recognise and patch a host module whose import has finished."""
         from vlmfilm_plugin.hosts.patches import patch_host
@@ -132,9 +145,16 @@ class Activation:
                 if len(self.registry.failures) > known:
                     self._refuse_failed(name, *self.registry.failures[-1])
                 return
+            if spec.is_library and self.error is not None:
+                self.libraries[name] = "not watched: the mode is wrong"
+                return
             if self.error is not None:
                 raise self.error
             self._refuse_late(module, spec)
+            if spec.is_library:
+                self.library_unets.patch(module, spec)
+                self.libraries[name] = f"watched as {spec.name}"
+                return
             patch_host(module, spec, self.runtime)
             self.seen[name] = f"patched as {spec.name}"
             self.training.stop_watching_networks()
@@ -154,13 +174,17 @@ class Activation:
         if self._runtime is not None and self._runtime.left:
             return True
         film = sys.modules.get(_FILM)
-        return film is not None and bool(film.is_any_attached())
+        counts = () if self._library_unets is None else (self._library_unets.is_attached,)
+        return film is not None and bool(film.is_any_attached(*counts))
+
+    def _has_host(self) -> bool:
+        return any(fate.startswith("patched") for fate in self.seen.values())
 
     def _nothing_attached(self, optimizer: str) -> VlmFilmError:
         if self.error is not None:
             return self.error
         failures = {} if self._registry is None else dict(self._registry.failures)
-        return nothing_attached(optimizer, self.environ.get(MODE_VARIABLE), self._adapters, self.seen, failures)
+        return nothing_attached(optimizer, self.environ.get(MODE_VARIABLE), self._adapters, self.seen | self.libraries, failures)
 
     def _refuse_failed(self, name: str, adapter: str, failure: BaseException) -> None:
         """Stop a host whose own host adapter cannot be loaded."""
@@ -241,25 +265,40 @@ def activate() -> Activation:
     return _activation
 
 
-def running_batch(batch: Any, *, phase: str, value_range: tuple[float, float] = (0.0, 1.0), step: int | None = None) -> AbstractContextManager[None]:
-    """Publish the batch that UNet forwards inside the block belong to: for training loops of your own around a supported host.
+def running_batch(
+    batch: Any,
+    *,
+    phase: str,
+    value_range: tuple[float, float] = (0.0, 1.0),
+    step: int | None = None,
+    loaded: Any = None,
+    is_whole: bool = False,
+) -> AbstractContextManager[None]:
+    """Publish the batch that UNet forwards inside the block belong to: for training loops of your own around a supported host or library.
+
+    Nothing happens where `VLM_FILM_MODE` is unset: the same script runs plain.
 
     Args:
         batch: a mapping with `image` (B, C, H, W) and, where there are any, names (see the README on cache keys).
         phase: `train`, `val`, `test` or `predict`.
         value_range: (low, high) of the images.
         step: the training step; it seeds `shuffle` and decides which steps are logged.
+        loaded: the tensor (B, ...) by which the row ledger knows the rows, where `image` is not what the data loader gave.
+        is_whole: `image` shows the whole image or volume of each row, neither cropped nor augmented: then its pixels may stand for a file that
+            cannot be read as an image. For volumes: a slice or a projection of the whole, (B, C, H, W), made before any crop.
 
     Raises:
-        SettingsError: the process is not activated.
+        SettingsError: `VLM_FILM_MODE` is set, and the process is not activated, or the mode is none.
     """
+    if _activation is None and MODE_VARIABLE not in os.environ:
+        return nullcontext()
     if _activation is None or _activation.mode is None:
         raise SettingsError(
             "cannot publish a batch: VLM-FiLM is not active in this process",
             {"found": f"{MODE_VARIABLE}={os.environ.get(MODE_VARIABLE)!r}", "expected": "on, off or shuffle, before `import torch`"},
             f"set {MODE_VARIABLE}, or use `vlmfilm_plugin.attach(unet)` and `handle.condition(...)`",
         )
-    return _activation.runtime.batch(batch, phase=phase, value_range=value_range, step=step)
+    return _activation.runtime.batch(batch, phase=phase, value_range=value_range, step=step, loaded=loaded, is_whole=is_whole)
 
 
 def _has_film_existed() -> bool:

@@ -64,6 +64,7 @@ class FeatureLookup:
         files: Mapping[str, Path | None] | None = None,
         loaded: Callable[[], Sequence[Path | None]] | None = None,
         check: Callable[[Sequence[Sample]], None] | None = None,
+        is_whole: bool = False,
     ) -> BatchFeatures:
         """Return one feature a sample of a batch: its own in evaluation, what the strategy chooses or holds in training.
 
@@ -73,13 +74,14 @@ class FeatureLookup:
             files: the untouched file behind a name, as the host's data sets know it.
             loaded: returns the file of each row as the row ledger knows it.
             check: is shown the samples before anything is encoded, and may raise.
+            is_whole: `image` is neither cropped nor augmented.
         """
-        samples = self.provider.samples_of(batch, image, value_range, files, loaded)
+        samples = self.provider.samples_of(batch, image, value_range, files, loaded, is_whole=is_whole)
         if check is not None:
             check(samples)
         if is_train:
             self.provider.check_range([sample.path for sample in samples], files)
-        return self.of_samples(samples, step=step, is_train=is_train)
+        return self.of_samples(samples, step=step, is_train=is_train, are_whole=is_whole)
 
     def of_samples(
         self,

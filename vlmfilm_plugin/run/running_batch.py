@@ -200,6 +200,7 @@ class RunningBatch:
             files=self._files,
             loaded=loaded,
             check=partial(self._check_kind, film, state),
+            is_whole=given.is_whole,
         )
         if found.is_without_file:
             self._diagnostics.warn_of_tensors(given.phase)
