@@ -19,7 +19,7 @@ class Decoder:
         pattern: of its blocks' paths, `*` for numbers, or the class that they have in common.
         blocks: in order of execution.
         others: patterns of further decoders in the same net, with their sizes.
-        uncovered: sizes of the run at which no block is.
+        uncovered: sizes of the run, above that of the bottleneck, at which no block is.
         after: blocks that run behind the last one.
         is_nested: blocks of the same pattern build other decoders before this one.
     """
@@ -31,6 +31,12 @@ class Decoder:
     uncovered: list[tuple[int, ...]] = field(default_factory=list)
     after: list[Block] = field(default_factory=list)
     is_nested: bool = False
+
+    @property
+    def twice(self) -> list[str]:
+        """Return the blocks that ran more than once."""
+        paths = [block.path for block in self.blocks]
+        return list(dict.fromkeys(path for path in paths if paths.count(path) > 1))
 
     @property
     def stages(self) -> list[list[Block]]:
@@ -56,7 +62,7 @@ def find_decoder(root: Call) -> Decoder | None:
         decoder.is_nested = any(masked(block.path) == pattern for found in earlier for _, group in found[:1] for block in group)
         decoder.others += [found[0] for found in earlier if found and found[0][0] != pattern and found[0][1][0].kind > ONE]
         sizes = {block.size for block in chosen}
-        decoder.uncovered = list(dict.fromkeys(block.size for block in kept if block.size not in sizes))
+        decoder.uncovered = list(dict.fromkeys(block.size for block in kept if block.size not in sizes and block.size != run[0].size))
         decoder.after = [block for block in blocks[blocks.index(chosen[-1]) + 1 :] if block.kind > ONE or block.area < chosen[-1].area]
         return decoder
     return None
@@ -116,6 +122,8 @@ def _groups(run: Sequence[Block]) -> list[tuple[str, list[Block]]]:
         if is_pattern and kind > ONE:
             group += [block for block in run if block.kind == ONE and masked(block.path) == name and block.size not in sizes]
             group.sort(key=lambda block: block.call.end)
-    several = [(key, group) for key, group in found.items() if len({block.size for block in group}) > 1]
+    # Of one channel inside a net is a map of attention.
+    wide = {key: group for key, group in found.items() if all(block.channels > 1 for block in group[:-1])}
+    several = [(key, group) for key, group in wide.items() if len({block.size for block in group}) > 1]
     several.sort(key=lambda each: (-each[0][2], -len({block.size for block in each[1]}), not each[0][0], -len(each[1])))
     return [(name, group) for (_, name, _), group in several]
