@@ -12,7 +12,7 @@ import pluggy
 from vlmfilm_plugin import host_spec
 from vlmfilm_plugin.errors import HostError
 from vlmfilm_plugin.host_spec import HostSpec, Listing
-from vlmfilm_plugin.hosts.adapter_files import FileAdapter
+from vlmfilm_plugin.hosts.adapter_files import TRIGGERS, FileAdapter
 
 
 class AdapterRegistry:
@@ -62,7 +62,11 @@ class AdapterRegistry:
         Raises:
             HostError: more than one host adapter recognises it, or one returned something else than a `HostSpec`.
         """
-        specs: Sequence[HostSpec] = self._manager.hook.vlmfilm_host(module=module)
+        # What the user names for this run goes before what is installed.
+        installed = [each for each in self._manager.get_plugins() if not hasattr(each, TRIGGERS)]
+        specs: Sequence[HostSpec] = self._manager.subset_hook_caller("vlmfilm_host", installed)(module=module)
+        if not specs:
+            specs = self._manager.hook.vlmfilm_host(module=module)
         for wrong in (spec for spec in specs if not isinstance(spec, HostSpec)):
             raise HostError(
                 f"cannot use what a host adapter says of {module.__name__}",

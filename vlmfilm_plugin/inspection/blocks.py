@@ -65,8 +65,9 @@ def kind_of(call: Call) -> int | None:
         return ONE if any(size > 1 for size in module.kernel_size) else None
     # Convolutions that a net wrote itself: a leaf with a kernel as its weight.
     weight = getattr(module, "weight", None)
-    is_kernel = isinstance(weight, nn.Parameter) and weight.dim() == len(call.output) and any(size > 1 for size in weight.shape[2:])
-    return ONE if is_kernel and not call.children and call.output[1] in weight.shape[:2] else None
+    if not isinstance(weight, nn.Parameter) or call.children or weight.dim() != len(call.output):
+        return None
+    return ONE if any(size > 1 for size in weight.shape[2:]) and call.output[1] in weight.shape[:2] else None
 
 
 def _below(call: Call, root: Call) -> tuple[list[Block], list[Call]]:

@@ -66,8 +66,8 @@ class CallRecorder:
 
     def __enter__(self) -> CallRecorder:
         self._handles = [
-            global_hooks.register_module_forward_pre_hook(self._enter),  # type: ignore[no-untyped-call]
-            global_hooks.register_module_forward_hook(self._leave, with_kwargs=True, always_call=True),  # type: ignore[no-untyped-call]
+            global_hooks.register_module_forward_pre_hook(self._enter),
+            global_hooks.register_module_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
         return self
 
@@ -91,7 +91,8 @@ class CallRecorder:
             parent.children.append(call)
         stack.append(call)
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        # Where a forward raised, torch gives hooks for all modules no keyword arguments: (module, args, output), and the output is None.
         local = self._local
         stack: list[Call | nn.Module] = local.__dict__.get("stack", [])
         if not any(_module_of(each) is module for each in stack):

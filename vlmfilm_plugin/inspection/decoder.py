@@ -71,7 +71,7 @@ def find_decoder(root: Call) -> Decoder | None:
 def unet_around(decoder: Decoder) -> Call:
     """Return the innermost call of a class that is not torch's own, with the whole decoder and with what leads down to its bottleneck."""
     outer = [list(block.call.above())[::-1] for block in decoder.blocks]
-    common = [level[0] for level in zip(*outer, strict=False) if all(call is level[0] for call in level)]
+    common: list[Call] = [level[0] for level in zip(*outer, strict=False) if all(call is level[0] for call in level)]
     for call in reversed(common):
         earlier = [block for block in blocks_in(call) if block.call.end < decoder.blocks[0].call.start]
         is_foreign = type(call.module).__module__.split(".")[0] == "torch"
