@@ -19,6 +19,8 @@ _IMAGES = re.compile(r"image|img|cond|scan|volume|slice|picture|photo|input|(^|\
 _MOST_CHANNELS = 16
 _FEW_VALUES = 3
 
+Window = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class FoundImage:
@@ -27,6 +29,7 @@ class FoundImage:
     Attributes:
         argument: the argument that holds it.
         keys: the way from there to the tensor.
+        channels: first and end of its channels in that tensor; None: all.
         is_loaded: whether the row ledger knows it as what a data loader gave.
         place: which leaf of a sample it is, where that is known.
     """
@@ -36,22 +39,33 @@ class FoundImage:
     tensor: Tensor
     is_loaded: bool
     place: Any = None
+    channels: Window | None = None
 
     @property
     def text(self) -> str:
         """Return the expression: `batch["image"]`."""
-        return self.argument + "".join(f"[{key!r}]" for key in self.keys)
+        return self.argument + "".join(f"[{key!r}]" for key in self.keys) + window_text(self.channels)
 
 
-def images_in(arguments: Mapping[str, Any], ledger: Ledger) -> FoundImage | None:
-    """Return the images among arguments: of those that the ledger knows the likeliest, or None where it knows none."""
+def window_text(channels: Window | None) -> str:
+    """Return an index of some channels: `[:, 0:3]`."""
+    return "" if channels is None else f"[:, {channels[0]}:{channels[1]}]"
+
+
+def images_in(arguments: Mapping[str, Any], ledger: Ledger, *, in_channels: bool = False) -> FoundImage | None:
+    """Return the images among arguments: of those that the ledger knows the likeliest, or None where it knows none.
+
+    Args:
+        in_channels: look at some channels of each tensor, instead of all.
+    """
     found: list[tuple[int, int, FoundImage]] = []
     for argument, value in arguments.items():
         for keys, tensor in _leaves(value):
-            place = _place(tensor, ledger)
-            if place is not None:
-                image = FoundImage(argument, keys, tensor, True, place)
-                found.append((_score(f"{argument} {' '.join(map(str, keys))}", tensor), -len(found), image))
+            for channels, part in _windows(tensor) if in_channels else [(None, tensor)]:
+                place = _place(part, ledger)
+                if place is not None:
+                    image = FoundImage(argument, keys, part, True, place, channels)
+                    found.append((_score(f"{argument} {' '.join(map(str, keys))}", part), -len(found), image))
     return max(found, key=lambda each: each[:2])[2] if found else None
 
 
@@ -66,13 +80,13 @@ class Condition:
     """
 
     argument: str
-    channels: tuple[int, int] | None
+    channels: Window | None
     is_proved: bool
 
     @property
     def text(self) -> str:
         """Return the expression: `x[:, :3]`."""
-        return self.argument if self.channels is None else f"{self.argument}[:, {self.channels[0]}:{self.channels[1]}]"
+        return self.argument + window_text(self.channels)
 
 
 def condition_in(arguments: Mapping[str, Any], image: FoundImage | None, ledger: Ledger) -> Condition | None:
@@ -82,11 +96,9 @@ def condition_in(arguments: Mapping[str, Any], image: FoundImage | None, ledger:
         if _is_image(tensor, image, ledger):
             return Condition(name, None, True)
     for name, tensor in tensors.items():
-        count = tensor.shape[1]
-        if 1 < count <= _MOST_CHANNELS:
-            for first, end in ((a, b) for a in range(count) for b in range(count, a, -1) if (a, b) != (0, count)):
-                if _is_image(tensor[:, first:end], image, ledger):
-                    return Condition(name, (first, end), True)
+        for channels, part in _windows(tensor):
+            if _is_image(part, image, ledger):
+                return Condition(name, channels, True)
     named = [name for name in tensors if re.search(r"cond|image|img|context", name, re.IGNORECASE) and not _MASKS.search(name)]
     return Condition(named[0], None, False) if named else None
 
@@ -100,6 +112,14 @@ def _is_image(tensor: Tensor, image: FoundImage | None, ledger: Ledger) -> bool:
     if place is None:
         return False
     return place == image.place if image is not None else _score("", tensor) > -1
+
+
+def _windows(tensor: Tensor) -> Iterator[tuple[Window, Tensor]]:
+    """Return every run of some channels of a tensor (R, C, ...), the longest first from each channel on."""
+    count = tensor.shape[1] if tensor.dim() > 2 else 0
+    if count <= _MOST_CHANNELS:
+        for first, end in ((a, b) for a in range(count) for b in range(count, a, -1) if (a, b) != (0, count)):
+            yield (first, end), tensor[:, first:end]
 
 
 def _place(tensor: Tensor, ledger: Ledger) -> Any:

@@ -18,7 +18,7 @@ class Call:
     """One call of a module.
 
     Attributes:
-        path: of the module within the root.
+        path: of the module within the root; `<Class>.path` of one that is no part of it, within the outermost that is none.
         inputs: shapes of the tensors among its arguments, in order.
         output: shape of its output tensor; where it returned several, of the first one that has spatial dimensions.
         place: where that tensor is in the output: None for the output itself, else an index or a key.
@@ -84,9 +84,14 @@ class CallRecorder:
         if local.paths is None:
             stack.append(module)
             return
+        if id(module) not in local.paths:
+            # Called from within the root, and no part of it: by a solver, say, that was given a function.
+            name = f"<{type(module).__name__}>"
+            for path, each in module.named_modules():
+                local.paths.setdefault(id(each), f"{name}.{path}" if path else name)
         outer = stack[-1] if stack else None
         parent = outer if isinstance(outer, Call) else None
-        call = Call(local.paths.get(id(module), f"<{type(module).__name__}>"), module, parent, local.clock)
+        call = Call(local.paths[id(module)], module, parent, local.clock)
         if parent is not None:
             parent.children.append(call)
         stack.append(call)

@@ -128,7 +128,7 @@ def _refusal(decoder: Decoder, strip: int) -> str:
         return f"{paths} ran more than once in one forward: one head would act at two places"
     if len({block.call.place for block in decoder.blocks}) > 1:
         return "its blocks return their features at different places"
-    if any(path.startswith("<") for path in (block.path for block in decoder.blocks)):
+    if any(block.path[strip:].startswith("<") for block in decoder.blocks):
         return "its blocks are no submodules: they are built in the forward"
     smaller = [block.path[strip:] for block in decoder.after if block.area < decoder.blocks[-1].area]
     if smaller:

@@ -75,21 +75,28 @@ def facts_of(root: Call, unet: Call, callers: Sequence[Caller], ledger: Ledger) 
     """Return what the stack, the arguments and the ledger say of a UNet forward that has just returned."""
     given = _bound(unet)
     around = [*callers, *_modules_around(unet)]
-    step, image = None, None
-    for caller in around:
-        # Functions of no class, and of the script, are no steps of a `Steps` record.
-        if caller.cls is None or not caller.is_reachable or caller.module == "__main__":
-            continue
-        steps = lightning_steps(caller.cls)
+    # Functions of no class, and of the script, are no steps of a `Steps` record.
+    usable = [caller for caller in around if caller.cls is not None and caller.is_reachable and caller.module != "__main__"]
+    step: Caller | None = None
+    image: FoundImage | None = None
+    for caller in usable:
         found = images_in(caller.arguments, ledger)
-        if found is not None or caller.name.rpartition(".")[2] in steps:
+        if found is not None or (caller.cls is not None and caller.name.rpartition(".")[2] in lightning_steps(caller.cls)):
             step, image = caller, found
             break
+    if step is None:
+        # Beside a mask or noise, in one tensor: whoever is next to the UNet has the very rows that it is called with.
+        for caller in usable[::-1]:
+            if (found := images_in(caller.arguments, ledger, in_channels=True)) is not None:
+                step, image = caller, found
+                break
     if image is None:
         image = _image_by_name(step.arguments) if step is not None else images_in(given, ledger)
     condition = condition_in(given, image, ledger)
     if step is None and image is None and condition is not None:
-        image = FoundImage(condition.argument, (), given[condition.argument], False)
+        tensor, channels = given[condition.argument], condition.channels
+        tensor = tensor if channels is None else tensor[:, channels[0] : channels[1]]
+        image = FoundImage(condition.argument, (), tensor, condition.is_proved, None, channels)
     phases = {}
     if step is not None:
         method = step.name.rpartition(".")[2]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from textwrap import indent
 
 from vlmfilm_plugin.errors import HostError
+from vlmfilm_plugin.inspection.batches import window_text
+from vlmfilm_plugin.inspection.callers import lightning_steps
 from vlmfilm_plugin.inspection.report import SeenUNet, size_text
 from vlmfilm_plugin.inspection.sighting import NONE, Facts, Sighting
 
@@ -30,7 +32,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from vlmfilm_plugin import {imports}
+{torch}from vlmfilm_plugin import {imports}
 
 # The modules of the host that this is about.
 vlmfilm_modules = {modules}
@@ -79,6 +81,9 @@ def adapter_text(sighting: Sighting) -> str:
     specs: dict[str, list[str]] = {module: [f"unets=[\n{indent(_unet(sighting, functions), ' ' * 4)}\n],"]}
     if body is not None:
         specs.setdefault(body[0], []).append(f"steps=[\n{indent(body[1], ' ' * 4)}\n],")
+    if facts.step is not None and facts.step.cls is not None and lightning_steps(facts.step.cls) and body is not None:
+        # Its checkpoints then say what their FiLM is.
+        specs[body[0]].append(f"models=[module.{facts.step.cls.__qualname__}],")
     blocks = [(path, channels) for stage in unet.stages for path, channels in zip(stage.paths, stage.channels, strict=True)]
     text = _HEAD.format(
         name=name,
@@ -86,6 +91,7 @@ def adapter_text(sighting: Sighting) -> str:
         file=FILE,
         seen=_in_docstring("\n".join(_seen(unet, facts))),
         imports="HostSpec, Steps, UNet, hookimpl" if body is not None else "HostSpec, UNet, hookimpl",
+        torch="import torch\n\n" if "torch." in "".join(functions) else "",
         modules=repr(list(specs)).replace("'", '"'),
         stages="\n".join(f"    {_list(stage.paths)},  # stage {stage.index}: {size_text(stage.size)}" for stage in unet.stages),
         channels="\n".join(f'    "{path}": {channels},' for path, channels in blocks),
@@ -114,7 +120,7 @@ def _unet(sighting: Sighting, functions: list[str]) -> str:
         functions.append(
             "\ndef condition_of(arguments: Mapping[str, Any]) -> Any:\n"
             '    """Return the condition image in what the UNet is called with: these channels held the images of the batch."""\n'
-            f'    return arguments["{found.argument}"][:, {found.channels[0]} : {found.channels[1]}]\n'
+            f'    return arguments["{found.argument}"]{window_text(found.channels)}\n'
         )
     elif found is not None:
         condition = f'"{found.argument}"'
@@ -157,11 +163,10 @@ def _steps(sighting: Sighting) -> tuple[tuple[str, str] | None, list[str]]:
         functions.append(
             "\ndef phase_of(unet: Any) -> str:\n"
             '    """Return the phase of a forward: the loop around it is no method that could say more."""\n'
-            '    return "train" if unet.training else "test"\n'
+            '    return "train" if unet.training and torch.is_grad_enabled() else "test"\n'
         )
     images, low, high = _as_an_encoder_sees(facts)
-    channels = None if facts.step is not None or facts.condition is None else facts.condition.channels
-    window = "" if channels is None else f"[:, {channels[0]} : {channels[1]}]"
+    window = window_text(facts.image.channels)
     functions.append(
         "\ndef images_of(arguments: Mapping[str, Any]) -> Any:\n"
         '    """Return the images of the batch as the data loader gave them (B, C, ...): by them the rows get their names."""\n'
