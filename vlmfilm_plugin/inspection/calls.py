@@ -73,7 +73,10 @@ class CallRecorder:
 
     def __exit__(self, *error: object) -> None:
         while self._handles:
-            self._handles.pop().remove()
+            handle = self._handles.pop()
+            handle.remove()
+            # torch forgets the hook, and not that it wants keyword arguments: every later call in the process would look for hooks.
+            getattr(global_hooks, "_global_forward_hooks_with_kwargs", {}).pop(handle.id, None)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         local = self._local

@@ -39,7 +39,7 @@ def look_at(target: str, inputs: list[str]) -> dict[str, Any]:
         content["no_adapter"] = f"{error.headline}: {error.facts['found']}"
         return content
     why = "no script ran: say it by `steps` here, or write `with vlmfilm_plugin.running_batch({'image': images}, phase='train'):` around the step"
-    facts = Facts([], None, {}, None, None, (), None, (), NONE, why, False)
+    facts = Facts(rows=NONE, why=why)
     content["adapter"] = adapter_text(Sighting(seen, type(unet), facts))
     return content
 

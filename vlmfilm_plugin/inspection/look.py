@@ -36,6 +36,8 @@ def inspect(unet: nn.Module, *example: Any, **named: Any) -> Inspection:
     if not isinstance(unet, nn.Module):
         facts = {"found": f"a {type(unet).__name__}", "expected": "a torch.nn.Module"}
         raise HostError("cannot inspect what is no module", facts, "give the built UNet, and the arguments of one call")
+    # A compiled net is a module around the net.
+    unet = getattr(unet, "_orig_mod", unet)
     root = call_of(unet, example, named)
     decoder = find_decoder(root)
     if decoder is None:

@@ -20,7 +20,7 @@ from vlmfilm_plugin.rows.ledger import Ledger
 FILE, BATCH, NONE = "file", "batch", "none"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Facts:
     """What is known of the run.
 
@@ -31,20 +31,24 @@ class Facts:
         image: the batch's images in its arguments, or in the UNet's.
         value_range: smallest and largest value of the images.
         condition: where the UNet's forward holds them.
+        shape: of the images.
+        arguments: of the UNet's forward.
         rows: where rows get their names: `file`, `batch`, or `none`; `why` says more.
+        is_mapping: whether the batch is a mapping, which may hold names beside the images.
+        optimizers, files: the optimizers that were built, and the checkpoint calls, each with its line.
     """
 
-    callers: Sequence[Caller]
-    step: Caller | None
-    phases: Mapping[str, str]
-    image: FoundImage | None
-    value_range: tuple[float, float] | None
-    shape: tuple[int, ...]
-    condition: Condition | None
-    arguments: Sequence[str]
     rows: str
     why: str
-    is_mapping: bool
+    callers: Sequence[Caller] = ()
+    step: Caller | None = None
+    phases: Mapping[str, str] = field(default_factory=dict)
+    image: FoundImage | None = None
+    value_range: tuple[float, float] | None = None
+    shape: tuple[int, ...] = ()
+    condition: Condition | None = None
+    arguments: Sequence[str] = ()
+    is_mapping: bool = False
     optimizers: Sequence[str] = field(default_factory=list)
     files: Sequence[str] = field(default_factory=list)
 
