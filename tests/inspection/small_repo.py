@@ -169,6 +169,7 @@ OTHERS = {
     ),
     "lightning_run": (
         "import lightning\nfrom data import loader\nfrom lit import Lit\nlightning.seed_everything(0)\n"
-        "lightning.Trainer(max_epochs=1, accelerator='cpu', logger=False, enable_progress_bar=False, default_root_dir='lit_runs').fit(Lit(), loader(), loader())\n"
+        "trainer = lightning.Trainer(max_epochs=1, accelerator='cpu', logger=False, enable_progress_bar=False, default_root_dir='lit_runs')\n"
+        "trainer.fit(Lit(), loader(), loader())\n"
     ),
 }

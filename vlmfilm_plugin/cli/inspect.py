@@ -32,9 +32,7 @@ _EXAMPLES = """examples:
 The script runs as it is until its UNet has been called once, and is ended there. An input is a shape, with the type behind a colon (float32)
 and the name of the argument before `=`; `:int64` alone is a number without dimensions. Numbers are drawn from a fixed seed, integers are 1.
 """
-# How long a launcher may take to end after one of its processes has seen the UNet.
-_GRACE = 5.0
-_POLL = 0.1
+_POLL = 0.05
 
 
 def add_parser(subparsers: Any) -> None:
@@ -157,9 +155,6 @@ def _look_at_run(command: list[str]) -> dict[str, Any]:
             raise HostError("cannot run the command", {"command": command[0], "system said": error.strerror}, "correct it") from error
         try:
             while child.poll() is None and not result.exists():
-                time.sleep(_POLL)
-            until = time.monotonic() + _GRACE
-            while result.exists() and child.poll() is None and time.monotonic() < until:
                 time.sleep(_POLL)
         finally:
             _end_all(child)

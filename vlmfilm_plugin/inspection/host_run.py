@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -36,6 +37,7 @@ from vlmfilm_plugin.rows.loaders import watch_loaders
 # Forwards of a UNet without a batch of a data loader: some scripts try their net on noise, count its parameters, and go on.
 _MOST_TRIALS = 4
 _COMPILER = "torch._dynamo"
+_SECONDS_TO_BE_ENDED = 5.0
 
 
 class HostRun:
@@ -147,6 +149,8 @@ class HostRun:
         self._write(self._result.with_name(f"{self._result.name}.{self._pid}"), self._nothing(when))
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
         if path.exists():
             return  # another rank was first
         with new_file(path, "what was seen", force=True) as file:
@@ -160,8 +164,8 @@ def _forget_values(root: Call) -> None:
 
 def _end() -> None:
     """End the process as it is: no handler of the host's writes anything any more."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    # Whoever reads the result ends this process, and with it the one that started it: that would go on when this one has ended.
+    time.sleep(_SECONDS_TO_BE_ENDED)
     for child in multiprocessing.active_children():
         child.terminate()
     os._exit(0)
