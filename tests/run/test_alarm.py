@@ -224,6 +224,22 @@ def test_a_stage_that_died_alone_is_named_and_so_is_its_return(tmp_path: Path, c
     assert len(run.train(10, loss=False).lines()) == 2, "it died again"
 
 
+def test_a_faint_spread_is_warned_about_once_it_has_lasted_25_steps_and_one_that_passes_never(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Training(tmp_path, capsys, table(0.0), film_log_every_n_steps_train=10).kill(0, 1, 2, value=5.0)
+    for head in run.film.heads:
+        torch.nn.init.normal_(head.mlp[2].weight, std=0.01, generator=run.g)  # type: ignore[index, union-attr]
+    assert run.train(21, loss=False).lines() == []
+    faint = [line for line in run.lines("[FILM-DBG]") if '"step": 20' in line]
+    assert all(1e-6 < float(line.split('"gamma_between_images": ')[1].split(",")[0]) < 1e-4 for line in faint), "far from the same, far from 0.1"
+    assert len(run.train(10, loss=False).lines()) == 1 and "step 30" in run.lines()[0]
+    passing = Training(tmp_path, capsys, table(0.0), film_log_every_n_steps_train=10).kill(0, 1, 2, value=5.0)
+    for head in passing.film.heads:
+        torch.nn.init.normal_(head.mlp[2].weight, std=0.01, generator=run.g)  # type: ignore[index, union-attr]
+    assert passing.train(15, loss=False).kill(0, 1, 2, value=0.0).train(30, loss=False).lines() == []
+
+
 def test_unbounded_heads_that_ignore_the_condition_are_seen_without_a_word_of_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Training(tmp_path, capsys, table(0.0), gamma_scale="null", beta_scale="null").kill(0, 1, 2, value=0.5).train(26, loss=False)
     assert len(run.lines()) == 1 and "bounds" not in run.lines()[0] and "feature_transform" in run.lines()[0]
@@ -340,5 +356,5 @@ def test_the_heads_are_asked_at_the_said_steps_alone(tmp_path: Path, capsys: pyt
     asked: list[int] = []
     run.film.heads[0].register_forward_hook(lambda *_: asked.append(run.global_step) if not run.film.training else None)
     run.train(125, loss=False)
-    assert asked == [0, 1, 24, 40, 49, 80, 99, 120]
+    assert asked == [0, 24, 40, 49, 80, 99, 120]
     assert run.film.training and all(isinstance(head, AdaptiveFiLMHead) and head.training for head in run.film.heads)

@@ -1,7 +1,7 @@
 """The log lines of FiLM, from statistics taken on logged steps only: those of a run, and those of a model that calls FiLM by hand.
 
 `[FILM-DBG]` one line a stage on logged steps, `[FILM-VAL]` means at the end of a validation, `[FILM-WARN]` when gamma and beta stay
-constant (the port's; that of a condition which reaches nothing is in `alarm.py`), `[FILM-SHUFFLE]` once an epoch, `[VLM] cache_stats`.
+constant (the port's; that of a condition which reaches nothing is in `film/alarm.py`), `[FILM-SHUFFLE]` once an epoch, `[VLM] cache_stats`.
 Reading a statistic synchronises the device: nothing here runs else.
 """
 
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from vlmfilm_plugin.features.samples import CacheStats
+from vlmfilm_plugin.film.alarm import ConditionAlarm
 from vlmfilm_plugin.film.architecture import Stage
 from vlmfilm_plugin.film.module import MARKER
 from vlmfilm_plugin.film.statistics import statistics
+from vlmfilm_plugin.film.verdict import StageVerdict
 from vlmfilm_plugin.log import film_logger, is_rank_zero
-from vlmfilm_plugin.run.alarm import ConditionAlarm, StageVerdict
 from vlmfilm_plugin.run.log_fields import StepFacts, as_json, first_answer, line_of
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 from vlmfilm_plugin.settings.record import Settings
@@ -142,7 +143,7 @@ class Diagnostics:
     def alarm(self, film_id: str, settings: Settings) -> ConditionAlarm:
         """Return what watches the condition of a UNet and its copies."""
         if film_id not in self._alarms:
-            self._alarms[film_id] = ConditionAlarm(settings)
+            self._alarms[film_id] = ConditionAlarm.of(settings)
         return self._alarms[film_id]
 
     def enter_phase(self, phase: str) -> None:

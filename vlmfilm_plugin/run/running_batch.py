@@ -13,14 +13,15 @@ from torch import Tensor
 
 from vlmfilm_plugin.errors import CheckpointError, ConditionError
 from vlmfilm_plugin.features.samples import Sample
+from vlmfilm_plugin.film.alarm import Advice
 from vlmfilm_plugin.film.gate_view import GateView, MaskReader
 from vlmfilm_plugin.film.gates import SpatialGate, gate_of
 from vlmfilm_plugin.film.module import FilmModule
+from vlmfilm_plugin.film.verdict import StageVerdict
 from vlmfilm_plugin.forward.context import ForwardContext
 from vlmfilm_plugin.host_spec import RowMap, same_rows
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.rows.ledger import Ledger
-from vlmfilm_plugin.run.alarm import StageVerdict
 from vlmfilm_plugin.run.feature_lookup import BatchFeatures
 from vlmfilm_plugin.run.film_state import FilmState, FilmStates
 from vlmfilm_plugin.run.loaded_rows import CONTENT, LoadedRows
@@ -165,7 +166,7 @@ class RunningBatch:
         alarm = self._diagnostics.alarm(film.film_id, self._states.settings_of(film))
         alarm.collect(keys, features)
         if alarm.is_due(self.given.step):
-            self._verdicts[film.film_id] = alarm.read(film, self.given.step)
+            self._verdicts[film.film_id] = alarm.read(film, Advice.of(film, "`feature_transform: center`"))
 
     def _recorder(self, film: FilmModule) -> StageRecorder | None:
         if not self._is_logged or film.film_id in self._recorded:
