@@ -229,14 +229,14 @@ def test_a_faint_spread_is_warned_about_once_it_has_lasted_25_steps_and_one_that
 ) -> None:
     run = Training(tmp_path, capsys, table(0.0), film_log_every_n_steps_train=10).kill(0, 1, 2, value=5.0)
     for head in run.film.heads:
-        torch.nn.init.normal_(head.mlp[2].weight, std=0.01, generator=run.g)  # type: ignore[index, union-attr]
+        torch.nn.init.normal_(head.mlp[2].weight, std=0.05, generator=run.g)  # type: ignore[index, union-attr]
     assert run.train(21, loss=False).lines() == []
     faint = [line for line in run.lines("[FILM-DBG]") if '"step": 20' in line]
     assert all(1e-6 < float(line.split('"gamma_between_images": ')[1].split(",")[0]) < 1e-4 for line in faint), "far from the same, far from 0.1"
     assert len(run.train(10, loss=False).lines()) == 1 and "step 30" in run.lines()[0]
     passing = Training(tmp_path, capsys, table(0.0), film_log_every_n_steps_train=10).kill(0, 1, 2, value=5.0)
     for head in passing.film.heads:
-        torch.nn.init.normal_(head.mlp[2].weight, std=0.01, generator=run.g)  # type: ignore[index, union-attr]
+        torch.nn.init.normal_(head.mlp[2].weight, std=0.05, generator=run.g)  # type: ignore[index, union-attr]
     assert passing.train(15, loss=False).kill(0, 1, 2, value=0.0).train(30, loss=False).lines() == []
 
 
