@@ -82,7 +82,7 @@ def train(is_fitted: bool, seed: int = 0, steps: int = 200) -> tuple[float, floa
 
 
 def warnings_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    return [line for line in capsys.readouterr().out.splitlines() if line.startswith(("[FILM-WARN]", "[VLM]"))]
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith(("[FILM-WARN]", "[VLM] condition"))]
 
 
 def test_centred_features_reach_the_decoder_and_raw_ones_do_not() -> None:
