@@ -85,6 +85,7 @@ class ModelLines:
         numbers = [name for name in rows[0] if any(isinstance(row.get(name), float) for row in rows)]
         means = {name: _mean([row[name] for row in rows if isinstance(row.get(name), float)]) for name in numbers}
         same = {name: rows[-1].get(name) for name in ("stage", "step", "epoch", "film_mode", "film_apply_point")}
+        same |= {name: rows[-1][name] for name in ("feature_control",) if name in rows[-1]}
         steps = max(Counter((row["film_stage_idx"], row.get("film_block_idx")) for row in rows).values())
         film_logger().info("[FILM-VAL] %s", as_json({**same, "logged_steps": steps, **means}))
 

@@ -88,7 +88,7 @@ class RunningBatch:
         self.image = image_of(given.content)
         self._loaded = LoadedRows(ledger or Ledger(), self.image if given.loaded is None else given.loaded)
         self._row_index = RowIndex(given.rows, given.phase, self.image)
-        self._features: dict[Any, Tensor] = {}
+        self._features: dict[Any, tuple[Tensor, list[str]]] = {}
         self._transformed: dict[Any, Tensor] = {}
         self._recorded: set[str] = set()
         # The keys of what conditions the samples, by `film_id`, until the alarm has seen it.
@@ -182,11 +182,12 @@ class RunningBatch:
             self._features[key] = self._look_up(film)
         # By module: a copy may have been given statistics of its own.
         if (film, device) not in self._transformed:
-            features = self._features[key]
-            self._transformed[film, device] = (features if film.waits else film.transform(features)).to(device, non_blocking=True)
+            features, keys = self._features[key]
+            self._transformed[film, device] = (features if film.waits else film.transform(features, keys)).to(device, non_blocking=True)
         return self._transformed[film, device]
 
-    def _look_up(self, film: FilmModule) -> Tensor:
+    def _look_up(self, film: FilmModule) -> tuple[Tensor, list[str]]:
+        """Return the features of the samples, and the keys of the images that they are of."""
         given, state = self.given, self._states.of(film)
         if given.phase == "train":
             state.provider.enter_epoch(given.epoch)
@@ -210,11 +211,13 @@ class RunningBatch:
             state.statistics.require(film, given.phase, found.features, is_in_fit=given.is_in_fit)
         if is_train and film.mode == "on":
             self._unwatched[film.film_id] = [sample.key for sample in found.used]
-        features, permutation = self._shuffle(state, found) if film.mode == "shuffle" else (found.features, None)
+        keys, features, permutation = [sample.key for sample in found.used], found.features, None
+        if film.mode == "shuffle":
+            features, permutation, keys = self._shuffle(state, found)
         self._diagnostics.cache_stats(given.step, state.provider.stats)
         self._facts = self._step_facts(film, found, permutation)
         self._facts.response = self._diagnostics.response(self._facts, state.provider.note_of(found.samples[0]))
-        return features
+        return features, keys
 
     def _check_kind(self, film: FilmModule, state: FilmState, samples: Sequence[Sample]) -> None:
         is_content_fine = self.given.is_whole or state.settings.unnamed_rows == CONTENT
@@ -223,33 +226,33 @@ class RunningBatch:
     def _step_facts(self, film: FilmModule, found: BatchFeatures | None, permutation: list[int] | None) -> StepFacts:
         given, architecture = self.given, film.architecture
         facts = StepFacts(given.phase, given.step, given.epoch, given.batch_idx, self.image.shape[0], film.mode, architecture.apply_point, "none")
-        facts.film_id = film.film_id
+        facts.film_id, facts.control = film.film_id, architecture.feature_control
         if found is not None:
             facts.cond_source = "text" if architecture.is_text else "image"
             facts.keys, facts.cache, facts.has_mixed_keys, facts.permutation = found.keys, found.cache, found.has_mixed_keys, permutation
         return facts
 
-    def _shuffle(self, state: FilmState, found: BatchFeatures) -> tuple[Tensor, list[int]]:
-        """Return features of other images: exchanged inside the batch, or, where all rows have one image's, a donor's."""
+    def _shuffle(self, state: FilmState, found: BatchFeatures) -> tuple[Tensor, list[int], list[str]]:
+        """Return features of other images, and their keys: exchanged inside the batch, or, where all rows have one image's, a donor's."""
         given, step = self.given, self.given.step or 0
         if not state.donors.is_within_batch:
             return self._donated(state, found, step)
         permutation = state.donors.exchange([sample.key for sample in found.used], found.features, step)
         if permutation is not None:
             self._diagnostics.shuffled(given.phase, given.epoch, permutation)
-            return found.features[permutation], permutation
+            return found.features[permutation], permutation, [found.used[row].key for row in permutation]
         alone = found.used[0]
         donor, feature = state.donors.donor(alone, step)
         self._diagnostics.shuffled(given.phase, given.epoch, [0], f" batch of one image: {alone.key} is conditioned on {donor}")
-        return feature.expand(len(found.used), -1), [0] * len(found.used)
+        return feature.expand(len(found.used), -1), [0] * len(found.used), [donor] * len(found.used)
 
-    def _donated(self, state: FilmState, found: BatchFeatures, step: int) -> tuple[Tensor, list[int]]:
+    def _donated(self, state: FilmState, found: BatchFeatures, step: int) -> tuple[Tensor, list[int], list[str]]:
         """Return the feature of a donor of its own for each sample."""
         given = self.given
         donors = [state.donors.donor(sample, step) for sample in found.used]
         first = f" each by a donor of its own: {found.used[0].key} is conditioned on {donors[0][0]}"
         self._diagnostics.shuffled(given.phase, given.epoch, [0], first)
-        return torch.stack([feature for _, feature in donors]), [0] * len(donors)
+        return torch.stack([feature for _, feature in donors]), [0] * len(donors), [name for name, _ in donors]
 
 
 def image_of(batch: Any) -> Tensor:

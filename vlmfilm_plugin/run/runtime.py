@@ -128,8 +128,11 @@ class Runtime:
         self.states.built(handle.film, settings)
         stages = ", ".join(f"{stage.label} ({stage.path}, {stage.channels})" for stage in handle.stages)
         film_logger().info(
-            "[VLM] FiLM attached: mode=%s encoder=%s unet=%s apply_point=%s stages=%s",
+            "[VLM] FiLM attached: mode=%s%s encoder=%s unet=%s apply_point=%s stages=%s",
             self.mode,
+            ""
+            if (control := handle.film.architecture.feature_control) == "none"
+            else f" feature_control={control} (a control, trained without the condition: no run of FiLM)",
             settings.encoder,
             type(unet).__name__,
             settings.apply_point,

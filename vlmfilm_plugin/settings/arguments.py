@@ -50,6 +50,7 @@ class SettingsArguments(TypedDict, total=False):
     on_missing_feature: str
     accept_narrow_range: bool
     feature_control: str
+    feature_control_seed: int
     feature_transform: str | Sequence[str]
     unnamed_rows: str
     # which feature conditions which row

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vlmfilm_plugin.settings.junctions import JunctionGating
-from vlmfilm_plugin.settings.parsing import setting
+from vlmfilm_plugin.settings.parsing import CONTROLS, setting
 
 DEFAULT_PROMPT = "Describe the vessels in this angiography image: contrast, thickness, branching and background."
 
@@ -63,7 +63,8 @@ class Settings:
     mem_cache_size: int = setting(16384, "int", low=0)
     on_missing_feature: str = setting("encode", "str", choices=("encode", "error"))
     accept_narrow_range: bool = setting(False, "bool")
-    feature_control: str = setting("none", "str", choices=("none", "constant"))
+    feature_control: str = setting("none", "str", choices=("none", *CONTROLS))
+    feature_control_seed: int = setting(0, "int", low=0)
     feature_transform: tuple[str, ...] = setting(("center",), "transform")
     unnamed_rows: str = setting("error", "str", choices=("error", "content"))
     # which feature conditions which row
