@@ -194,6 +194,19 @@ def test_controls_are_exempt(mode: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert run.train(30, loss=False).lines() == [] and run.lines("[VLM] condition") == []
 
 
+@pytest.mark.parametrize("control", ["constant", "random", "zero"])
+def test_trained_controls_are_exempt_and_named_in_every_line(control: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Training(tmp_path, capsys, table(6.0), feature_control=control, feature_transform="center").train(60)
+    assert run.lines() == [] and f"feature_control={control} (a control" in run.lines("[VLM] FiLM attached")[0]
+    lines = run.lines("[FILM-DBG]")
+    assert lines and all(f'"feature_control": "{control}"' in line for line in lines)
+    if control == "random":
+        own = run.film.transform(table(6.0)[:2], [f"train:{run.files[0]}", f"train:{run.files[1]}"])
+        again = Training(tmp_path, capsys, table(0.0), feature_control=control, feature_transform="none").train(2)
+        scale: Any = again.film.control.scale / run.film.control.scale  # type: ignore[union-attr]
+        assert torch.allclose(again.film.transform(table(3.0)[:2], [f"train:{file}" for file in run.files[:2]]), own * scale)
+
+
 def test_fresh_heads_that_have_not_moved_are_exempt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Training(tmp_path, capsys, table(6.0)).train(101, loss=False).lines() == []
 
