@@ -81,7 +81,13 @@ class Training:
         self, folder: Path, capsys: pytest.CaptureFixture[str], features: Tensor, mode: str = "on", unet: nn.Module | None = None, **settings: Any
     ) -> None:
         ENCODERS["table"] = lambda _: Table(features)
-        environ = {"encoder": "table", "cache_dir": "cache", "accept_narrow_range": True, "feature_transform": "none", **settings}
+        environ = {
+            "encoder": "table",
+            "cache_dir": "cache",
+            "accept_narrow_range": True,
+            "feature_transform": "none",
+            "film_debug_lines": "full",
+        } | settings
         self.runtime = Runtime(mode, {f"VLM_FILM_{name.upper()}": str(value) for name, value in environ.items()}, str(folder))
         self.capsys, self.files = capsys, []
         for value in range(IMAGES):

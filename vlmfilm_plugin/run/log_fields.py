@@ -67,6 +67,9 @@ class StepFacts:
     film_id: str = ""
     response: Mapping[str, Any] | None = None
     control: str = "none"
+    # The FiLM module, and the trainer of the host's step where it has one.
+    film: Any = None
+    trainer: Any = None
 
     def fields(self) -> dict[str, Any]:
         """Return the fields that are the same for every stage."""

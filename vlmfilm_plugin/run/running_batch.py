@@ -44,6 +44,7 @@ class HostBatch:
         is_fit: False where a trainer validates a checkpoint: its epoch counts from 0 and says nothing of the training.
         is_in_fit: True where a trainer says that it trains, its validation included.
         loaded: the images as the data loader gave them (B, ...), where `content` holds others.
+        trainer: Lightning's, whose loggers get FiLM's numbers; None where there is none.
         is_whole: whether the images are whole and not augmented: then their pixels may stand for a file that cannot be read.
     """
 
@@ -58,6 +59,7 @@ class HostBatch:
     is_in_fit: bool = False
     loaded: Tensor | None = None
     is_whole: bool = False
+    trainer: Any = None
 
 
 class RunningBatch:
@@ -226,7 +228,7 @@ class RunningBatch:
     def _step_facts(self, film: FilmModule, found: BatchFeatures | None, permutation: list[int] | None) -> StepFacts:
         given, architecture = self.given, film.architecture
         facts = StepFacts(given.phase, given.step, given.epoch, given.batch_idx, self.image.shape[0], film.mode, architecture.apply_point, "none")
-        facts.film_id, facts.control = film.film_id, architecture.feature_control
+        facts.film_id, facts.control, facts.film, facts.trainer = film.film_id, architecture.feature_control, film, given.trainer
         if found is not None:
             facts.cond_source = "text" if architecture.is_text else "image"
             facts.keys, facts.cache, facts.has_mixed_keys, facts.permutation = found.keys, found.cache, found.has_mixed_keys, permutation

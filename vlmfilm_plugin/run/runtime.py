@@ -266,6 +266,8 @@ class Runtime:
             is_in_fit=doing == "fit",
             loaded=loaded,
             is_whole=is_whole,
+            # The attribute behind Lightning's property, which raises where no trainer is attached.
+            trainer=getattr(owner, "_trainer", None),
         )
         if phase == "train" and self.attached:
             # A host's loop may save by `torch.save` alone, which nothing here sees.

@@ -83,6 +83,8 @@ class SettingsArguments(TypedDict, total=False):
     verbose_debug: bool
     log_every_n_steps: int
     film_debug_enabled: bool
+    film_debug_lines: str
+    film_stats_dir: str | None
     film_log_every_n_steps_train: int
     film_log_every_n_steps_val: int
     vlm_response_debug_enabled: bool

@@ -20,7 +20,13 @@ ALIASES = {
 
 # The literal defaults of the soft-seg port where ours differ.
 PRESETS: Mapping[str, Mapping[str, object]] = {
-    "soft-seg": {"batch_strategy": "first", "reuse_policy": "step_interval", "update_interval_steps_train": 100, "update_interval_steps_eval": 1}
+    "soft-seg": {
+        "batch_strategy": "first",
+        "reuse_policy": "step_interval",
+        "update_interval_steps_train": 100,
+        "update_interval_steps_eval": 1,
+        "film_debug_lines": "full",
+    }
 }
 
 
@@ -97,6 +103,8 @@ class Settings:
     verbose_debug: bool = setting(False, "bool")
     log_every_n_steps: int = setting(200, "int", low=1)
     film_debug_enabled: bool = setting(True, "bool")
+    film_debug_lines: str = setting("short", "str", choices=("short", "full", "off"))
+    film_stats_dir: str | None = setting(None, "path", optional=True)
     film_log_every_n_steps_train: int = setting(100, "int", low=1)
     film_log_every_n_steps_val: int = setting(20, "int", low=1)
     vlm_response_debug_enabled: bool = setting(False, "bool")
