@@ -11,9 +11,9 @@ from __future__ import annotations
 import atexit
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
-from weakref import ref
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -129,8 +129,10 @@ class Diagnostics:
         # By `film_id`: a UNet and its copies.
         self._lines: defaultdict[str, ModelLines] = defaultdict(ModelLines)
         self._alarms: dict[str, ConditionAlarm] = {}
-        self._debug_lines, self.metrics = settings.film_debug_lines, LiveMetrics(settings)
-        self._trainer: Callable[[], Any] = lambda: None
+        # A short line has no room for what a model answered.
+        is_asked = settings.film_debug_lines == "short" and self._responses_every is not None
+        self._debug_lines, self.metrics = "full" if is_asked else settings.film_debug_lines, LiveMetrics(settings)
+        self._trainer: ReferenceType[Any] | None = None
 
     def is_logged(self, phase: str, step: int | None, batch_idx: int | None) -> bool:
         """Tell whether this step is logged, on rank zero; with gradient accumulation, the first batch of a step alone."""
@@ -161,9 +163,10 @@ class Diagnostics:
 
     def report_validation(self) -> None:
         """Write `[FILM-VAL]`, one line a model that was validated."""
+        trainer = None if self._trainer is None else self._trainer()
         for film_id, lines in self._lines.items():
             if rows := lines.report_validation():
-                self.metrics.validation(film_id, rows, self._trainer())
+                self.metrics.validation(film_id, rows, trainer)
 
     def shuffled(self, phase: str, epoch: int | None, permutation: Sequence[int], note: str = "") -> None:
         """Write `[FILM-SHUFFLE]` once an epoch and phase."""
@@ -201,7 +204,7 @@ class Diagnostics:
         if self._debug_lines == "short":
             film_logger().info("[FILM-DBG] %s", short_line(self.metrics.row(facts.film_id, rows)))
         if facts.phase == "val":
-            self._trainer = (lambda: None) if facts.trainer is None else ref(facts.trainer)
+            self._trainer = None if facts.trainer is None else ref(facts.trainer)
         if facts.phase == "train":
             self.metrics.step(facts, rows)
 
