@@ -297,7 +297,7 @@ def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:
 
 # The one that writes, the demo's own folder, a file that lines are added to, and private copies that are gone again.
 WRITERS = {
-    *("files.py", "features/shuffle_pairs.py", "features/store/snapshot.py"),
+    *("files.py", "features/shuffle_pairs.py", "run/live_metrics.py", "features/store/snapshot.py"),
     *("demo/run.py", "demo/folder.py", "demo/scripts.py", "demo/pictures.py", "demo/real_weights.py"),
 }
 
