@@ -38,6 +38,10 @@ from vlmfilm_plugin.host_spec import UNet as UNet
 from vlmfilm_plugin.host_spec import hookimpl as hookimpl
 from vlmfilm_plugin.hosts.activation import activate as activate
 from vlmfilm_plugin.hosts.activation import running_batch as running_batch
+from vlmfilm_plugin.inspection.look import inspect as inspect
+from vlmfilm_plugin.inspection.report import Inspection as Inspection
+from vlmfilm_plugin.inspection.report import SeenStage as SeenStage
+from vlmfilm_plugin.inspection.report import SeenUNet as SeenUNet
 from vlmfilm_plugin.soft_seg.apply import apply_vlm_film as apply_vlm_film
 from vlmfilm_plugin.soft_seg.conditioner import VLMConditioner as VLMConditioner
 from vlmfilm_plugin.soft_seg.conditioner import VLMFiLMConditioner as VLMFiLMConditioner

@@ -9,8 +9,9 @@ import sys
 
 MODE = "VLM_FILM_MODE"
 PREFIX = "VLM_FILM_"
+INSPECT = "VLM_FILM_INSPECT"
 # Variables that are no settings: of a run, of the encoders, and of the tests.
-OTHERS = (MODE, "VLM_FILM_CONFIG", "VLM_FILM_HOSTS", "VLM_FILM_STRICT", "VLM_FORCE_NO_ACCELERATE", "VLMFILM_HOST_REPO", "VLMFILM_PORT_REPO")
+OTHERS = (MODE, "VLM_FILM_CONFIG", "VLM_FILM_HOSTS", "VLM_FILM_STRICT", INSPECT, "VLM_FORCE_NO_ACCELERATE", "VLMFILM_HOST_REPO", "VLMFILM_PORT_REPO")
 # Files of the package that list the settings, one at the start of a line each.
 _LISTS = (("settings", "record.py"), ("settings", "port_names.py"))
 # Closer than this to the mode's own name, whatever it begins with, is a slip of the finger: VML_FILM_MODE.
@@ -22,6 +23,12 @@ _is_said = False
 def torch_backend():
     """Activate VLM-FiLM when `VLM_FILM_MODE` is set, else do nothing but name variables that were meant for it and are none."""
     _say_strangers()
+    if INSPECT in os.environ:
+        # Set by `vlmfilm inspect` alone; an error is for its user.
+        from vlmfilm_plugin.inspection.host_run import start
+
+        start(os.environ[INSPECT])
+        return
     if MODE not in os.environ:
         return
     try:

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 
 from vlmfilm_plugin import __version__
-from vlmfilm_plugin.cli import apply, cache, demo, doctor, export, run, warmup
+from vlmfilm_plugin.cli import apply, cache, demo, doctor, export, inspect, run, warmup
 from vlmfilm_plugin.cli.run import INTERRUPTED_CODE
 from vlmfilm_plugin.errors import Interrupted, VlmFilmError
 from vlmfilm_plugin.log import is_rank_zero
 
-_COMMANDS = (run, warmup, cache, export, apply, doctor, demo)
+_COMMANDS = (run, warmup, cache, export, apply, doctor, inspect, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ import functools
 import multiprocessing
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.metadata import EntryPoint
@@ -19,12 +20,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vlmfilm_plugin.entry_points import HOSTS, installed
-from vlmfilm_plugin.errors import SettingsError, VlmFilmError
+from vlmfilm_plugin.errors import HostError, SettingsError, VlmFilmError
+from vlmfilm_plugin.hosts.adapter_files import FileAdapter, absolute_paths, file_adapters
 from vlmfilm_plugin.hosts.explain import nothing_attached
 from vlmfilm_plugin.hosts.import_watch import is_initialising, refuse_import, when_ready, when_reloaded
 from vlmfilm_plugin.hosts.training_watch import TrainingWatch
 from vlmfilm_plugin.log import say
-from vlmfilm_plugin.settings.mode import MODE_VARIABLE, STRICT_VARIABLE, is_strict, read_mode, refuse_changed_mode
+from vlmfilm_plugin.settings.mode import HOSTS_VARIABLE, MODE_VARIABLE, STRICT_VARIABLE, is_strict, read_mode, refuse_changed_mode
 
 if TYPE_CHECKING:
     from vlmfilm_plugin.hosts.library_unets import LibraryUNets
@@ -57,7 +59,7 @@ class Activation:
         self._is_watching = False
         self._registry: AdapterRegistry | None = None
         self._runtime: Runtime | None = None
-        self._adapters: dict[str, list[EntryPoint]] = {}
+        self._adapters: dict[str, list[EntryPoint | FileAdapter]] = {}
         self._library_unets: LibraryUNets | None = None
         self.is_strict = True
         try:
@@ -71,8 +73,10 @@ class Activation:
         """Watch every host module that a host adapter names; what is imported already is patched now. Done once, unless it was refused."""
         if self._is_watching:
             return
-        adapters = self._adapters
-        for entry in installed(HOSTS):
+        from_files = self._files()
+        adapters = self._adapters = {}
+        found: list[EntryPoint | FileAdapter] = [*installed(HOSTS), *from_files]
+        for entry in found:
             adapters.setdefault(entry.name, []).append(entry)
         for name in adapters:
             if name in sys.modules and not is_initialising(sys.modules[name]):
@@ -82,6 +86,20 @@ class Activation:
         when_reloaded({name: partial(self.host_imported, entries) for name, entries in adapters.items()})
         self._is_watching = True
         self.training.start()
+
+    def _files(self) -> list[FileAdapter]:
+        """Load the adapters that are files; children find them by the same paths, wherever they start.
+
+        Raises:
+            SystemExit: one cannot be used; an exception would be taken for a broken installation by the start-up gate.
+        """
+        paths = absolute_paths(self.environ, self.base_dir)
+        if paths:
+            os.environ[HOSTS_VARIABLE] = os.pathsep.join(map(str, paths))
+        try:
+            return file_adapters(paths)
+        except HostError as error:
+            raise SystemExit(f"vlmfilm: {type(error).__name__}: {error}") from error
 
     @property
     def runtime(self) -> Runtime:
@@ -110,7 +128,7 @@ class Activation:
             self._library_unets = LibraryUNets(lambda: self.runtime, self._has_host)
         return self._library_unets
 
-    def host_imported(self, adapters: list[EntryPoint], module: ModuleType) -> None:
+    def host_imported(self, adapters: Sequence[EntryPoint | FileAdapter], module: ModuleType) -> None:
         """Recognise and patch a host module whose import has finished."""
         from vlmfilm_plugin.hosts.patches import patch_host
 

@@ -11,11 +11,16 @@ from types import ModuleType
 
 from vlmfilm_plugin.entry_points import package_of
 from vlmfilm_plugin.errors import HostError, some_of
+from vlmfilm_plugin.hosts.adapter_files import FileAdapter
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE, STRICT_VARIABLE
 
 
 def nothing_attached(
-    optimizer: str, mode: str | None, entries: Mapping[str, Sequence[EntryPoint]], seen: Mapping[str, str], failures: Mapping[str, BaseException]
+    optimizer: str,
+    mode: str | None,
+    entries: Mapping[str, Sequence[EntryPoint | FileAdapter]],
+    seen: Mapping[str, str],
+    failures: Mapping[str, BaseException],
 ) -> HostError:
     """Return the error of a process that was asked for FiLM and is about to train without it.
 
@@ -32,8 +37,8 @@ def nothing_attached(
     if unets := sorted(_unets()):
         facts["UNets"] = some_of(unets, 6)
     absent = [name for name in entries if name not in seen]
-    for package in sorted({package_of(entry) for name in absent for entry in entries[name]}):
-        names = [name for name in absent if package in map(package_of, entries[name])]
+    for package in sorted({_origin(entry) for name in absent for entry in entries[name]}):
+        names = [name for name in absent if package in map(_origin, entries[name])]
         facts[f"{package} knows"] = ", ".join(map(_with_hint, names)) + ": not imported"
     facts["expected"] = "a host that a host adapter describes, or `vlmfilm_plugin.attach(unet)` before the optimizer is built"
     return HostError(
@@ -67,3 +72,7 @@ def _is_installed(module: ModuleType) -> bool:
     if path is None:
         return getattr(module, "__name__", "") != "__main__"
     return "site-packages" in path or path.startswith(sys.base_prefix)
+
+
+def _origin(entry: EntryPoint | FileAdapter) -> str:
+    return entry.value if isinstance(entry, FileAdapter) else package_of(entry)

@@ -12,6 +12,7 @@ import pluggy
 from vlmfilm_plugin import host_spec
 from vlmfilm_plugin.errors import HostError
 from vlmfilm_plugin.host_spec import HostSpec, Listing
+from vlmfilm_plugin.hosts.adapter_files import TRIGGERS, FileAdapter
 
 
 class AdapterRegistry:
@@ -25,7 +26,7 @@ class AdapterRegistry:
         self._manager.add_hookspecs(host_spec)
         self.failures: list[tuple[str, BaseException]] = []
 
-    def load(self, entry_point: EntryPoint) -> None:
+    def load(self, entry_point: EntryPoint | FileAdapter) -> None:
         """Load one host adapter; a broken one is noted and the others go on."""
         try:
             self.register(entry_point.load())
@@ -59,9 +60,19 @@ class AdapterRegistry:
         """Return what the one host adapter that recognises `module` says of it, or None.
 
         Raises:
-            HostError: more than one host adapter recognises it.
+            HostError: more than one host adapter recognises it, or one returned something else than a `HostSpec`.
         """
-        specs: Sequence[HostSpec] = self._manager.hook.vlmfilm_host(module=module)
+        # What the user names for this run goes before what is installed.
+        installed = [each for each in self._manager.get_plugins() if not hasattr(each, TRIGGERS)]
+        specs: Sequence[HostSpec] = self._manager.subset_hook_caller("vlmfilm_host", installed)(module=module)
+        if not specs:
+            specs = self._manager.hook.vlmfilm_host(module=module)
+        for wrong in (spec for spec in specs if not isinstance(spec, HostSpec)):
+            raise HostError(
+                f"cannot use what a host adapter says of {module.__name__}",
+                {"found": f"`vlmfilm_host` returned {wrong!r:.200}", "expected": "a `vlmfilm_plugin.HostSpec`, or None"},
+                "correct the host adapter",
+            )
         if len(specs) > 1:
             raise HostError(
                 f"more than one host adapter recognises {module.__name__}",

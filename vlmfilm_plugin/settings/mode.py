@@ -24,7 +24,10 @@ STRICT_VARIABLE = "VLM_FILM_STRICT"
 
 HOSTS_VARIABLE = "VLM_FILM_HOSTS"
 
-NOT_SETTINGS = frozenset({MODE_VARIABLE, CONFIG_VARIABLE, STRICT_VARIABLE, HOSTS_VARIABLE})
+INSPECT_VARIABLE = "VLM_FILM_INSPECT"
+"""Set by `vlmfilm inspect` for the host's script: the file that what was seen is written to."""
+
+NOT_SETTINGS = frozenset({MODE_VARIABLE, CONFIG_VARIABLE, STRICT_VARIABLE, HOSTS_VARIABLE, INSPECT_VARIABLE})
 
 
 def read_mode(environ: Mapping[str, str] | None = None) -> str | None:
