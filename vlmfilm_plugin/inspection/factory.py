@@ -39,7 +39,19 @@ def look_at(target: str, inputs: list[str]) -> dict[str, Any]:
         content["no_adapter"] = f"{error.headline}: {error.facts['found']}"
         return content
     why = "no script ran: say it by `steps` here, or write `with vlmfilm_plugin.running_batch({'image': images}, phase='train'):` around the step"
-    facts = Facts([], None, {}, None, None, (), None, (), NONE, why, False)
+    facts = Facts(
+        callers=[],
+        step=None,
+        phases={},
+        image=None,
+        value_range=None,
+        shape=(),
+        condition=None,
+        arguments=(),
+        rows=NONE,
+        why=why,
+        is_mapping=False,
+    )
     content["adapter"] = adapter_text(Sighting(seen, type(unet), facts))
     return content
 
