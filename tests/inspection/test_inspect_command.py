@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import environment
 from torch import nn
 
 import vlmfilm_plugin
-from processes import environment
 
 NET = """
 import torch

@@ -75,12 +75,15 @@ class LiveMetrics:
         film_ref, own = ref(film), {id(parameter) for parameter in heads}
 
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            held = film_ref()
-            if torch.compiler.is_compiling() or not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            # It stays until the next logged step: torch is going through its hooks, and would not have one taken out meanwhile.
+            if facts.film_id not in self._waiting or torch.compiler.is_compiling():
                 return
-            if held is not None and facts.film_id in self._waiting:
+            held = film_ref()
+            if held is not None:
+                if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+                    return
                 self._waiting[facts.film_id][0]["grad_norm"] = _grad_norm(held)
-            self.flush(facts.film_id)
+            self._write(*self._waiting.pop(facts.film_id))
 
         self._hooks[facts.film_id] = register_optimizer_step_post_hook(after)
 
