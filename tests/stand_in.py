@@ -12,7 +12,12 @@ from processes import DEMO_HOST, forked, succeed
 
 from vlmfilm_plugin.demo.dataset import make_dataset
 
-SETTINGS = {"VLM_FILM_ENCODER": "descriptor", "VLM_FILM_COND_DIM": "16", "VLM_FILM_TEXT_MLP_HIDDEN_DIM": "16"}
+SETTINGS = {
+    "VLM_FILM_ENCODER": "descriptor",
+    "VLM_FILM_COND_DIM": "16",
+    "VLM_FILM_TEXT_MLP_HIDDEN_DIM": "16",
+    "VLM_FILM_FILM_DEBUG_LINES": "full",
+}
 
 
 class StandIn:

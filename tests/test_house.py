@@ -62,9 +62,11 @@ def test_the_gate_and_the_package_root_import_the_standard_library_alone() -> No
 
     for path in [CORE / "__init__.py", *(CORE / "_startup").glob("*startup.py")]:
         outside = {name for name in rules.imports(text_of(path)) if name.split(".")[0] not in sys.stdlib_module_names}
-        assert outside <= {"vlmfilm_plugin.hosts.activation.activate", "vlmfilm_startup.torch_backend", "vlmfilm_plugin.inspection.host_run.start"}, (
-            path
-        )
+        assert outside <= {
+            "vlmfilm_plugin.hosts.activation.activate",
+            "vlmfilm_plugin.inspection.host_run.start",
+            "vlmfilm_startup.torch_backend",
+        }, path
 
 
 @pytest.mark.parametrize(
@@ -299,7 +301,7 @@ def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:
 
 # The one that writes, the demo's own folder, a file that lines are added to, and private copies that are gone again.
 WRITERS = {
-    *("files.py", "features/shuffle_pairs.py", "features/store/snapshot.py"),
+    *("files.py", "features/shuffle_pairs.py", "run/live_metrics.py", "features/store/snapshot.py"),
     *("demo/run.py", "demo/folder.py", "demo/scripts.py", "demo/pictures.py", "demo/real_weights.py"),
 }
 

@@ -21,8 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "vlmfilm_plugin" / "demo" / "host"))
 from src.archs.components.diffusion_unet import MedSegDiffUNet
 
+from vlmfilm_plugin.film.alarm import Advice, ConditionAlarm
 from vlmfilm_plugin.host_spec import UNet
-from vlmfilm_plugin.run.alarm import ConditionAlarm
 from vlmfilm_plugin.run.runtime import Runtime
 
 
@@ -75,7 +75,8 @@ def main() -> None:
         reads = []
         for _ in range(20):
             start = time.process_time()
-            alarm.read(handle.film, 0)
+            alarm._steps = 100
+            alarm.read(handle.film, Advice(None))
             reads.append(time.process_time() - start)
         print(f"one reading: {1000 * statistics.median(reads):.2f} ms, {statistics.median(reads) / statistics.median(plain):.3f} of a step")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import gc
 import random
 import statistics
@@ -32,8 +33,8 @@ def cpu_time(function: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def ratio(ours: Callable[[], object], plain: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Return the median of the rounds' ratios, and the median extra time in ms."""
+def quartiles(ours: Callable[[], object], plain: Callable[[], object], rounds: int) -> tuple[list[float], float]:
+    """Return the quartiles of the rounds' ratios, and the median extra time in ms; each round runs both, in an order drawn."""
     ours(), plain()
     ratios, extra = [], []
     for _ in range(rounds):
@@ -43,7 +44,13 @@ def ratio(ours: Callable[[], object], plain: Callable[[], object], rounds: int) 
             b, a = cpu_time(plain), cpu_time(ours)
         ratios.append(a / b)
         extra.append((a - b) * 1e3)
-    return statistics.median(ratios), statistics.median(extra)
+    return statistics.quantiles(ratios, n=4), statistics.median(extra)
+
+
+def ratio(ours: Callable[[], object], plain: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """Return the median of the rounds' ratios, and the median extra time in ms."""
+    (_, middle, _), extra = quartiles(ours, plain, rounds)
+    return middle, extra
 
 
 def plain_addcmul(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -95,10 +102,10 @@ def growth(rounds: int) -> None:
 
 
 def transform(rounds: int) -> None:
-    print("a forward with centred features against the same with features as given: ratio, extra CPU time in ms")
+    print("a forward in pairs: median of the ratios (quartiles), extra CPU time in ms")
     for rows, size in [(4, 32), (4, 64)]:
-        unets = [unet_of(16, size, 4) for _ in range(2)]
-        given, centred = (vlmfilm_plugin.attach(unet, feature_dim=2048) for unet in unets)
+        unets = [unet_of(16, size, 4) for _ in range(3)]
+        given, centred = (vlmfilm_plugin.attach(unet, feature_dim=2048) for unet in unets[1:])
         centred.fit(torch.randn(64, 2048))
         args, features = (torch.randn(rows, 1, size, size), torch.rand(rows), torch.randn(rows, 1, size, size)), torch.randn(rows, 2048)
 
@@ -106,8 +113,15 @@ def transform(rounds: int) -> None:
             with torch.no_grad(), handle.condition(features):
                 handle.unet(*args)
 
-        found, extra = ratio(lambda forward=forward, centred=centred: forward(centred), lambda forward=forward, given=given: forward(given), rounds)
-        print(f"  {rows:>5} {size:>5} {found:>7.4f} {extra:>7.3f}")
+        def plain(unet: MedSegDiffUNet = unets[0], args: tuple[Tensor, ...] = args) -> None:
+            with torch.no_grad():
+                unet(*args)
+
+        on_given, on_centred = (functools.partial(forward, handle) for handle in (given, centred))
+        pairs = {"centred / as given": (on_centred, on_given), "centred / plain": (on_centred, plain), "as given / plain": (on_given, plain)}
+        for name, (ours, theirs) in pairs.items():
+            (low, middle, high), extra = quartiles(ours, theirs, rounds)
+            print(f"  {rows} rows of {size} x {size}  {name:<18} {middle:.4f} ({low:.4f} to {high:.4f}) {extra:>7.3f}")
 
 
 def memory() -> None:

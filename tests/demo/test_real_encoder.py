@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from real_encoder import graph_difference, nearest_neighbour, provider_of, random_weights
 
 from vlmfilm_plugin.demo import pictures, real_weights
 from vlmfilm_plugin.demo.folder import DemoError
@@ -25,19 +25,6 @@ from vlmfilm_plugin.features.store.protocol import StoredFeature
 from vlmfilm_plugin.settings.layers import resolve
 
 pytestmark = pytest.mark.slow
-
-# Runs the graph as onnx itself reads it, up to the encoder's last normalisation.
-_RUN_GRAPH = """
-import sys, numpy, onnx
-from onnx.reference import ReferenceEvaluator
-graph = onnx.load(sys.argv[1]).graph
-end = "/backbone/layernorm/Add_1_output_0"
-last = next(i for i, node in enumerate(graph.node) if end in node.output)
-output = onnx.helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, None)
-part = onnx.helper.make_graph(graph.node[: last + 1], "encoder", graph.input, [output], graph.initializer)
-model = onnx.helper.make_model(part, opset_imports=[onnx.helper.make_opsetid("", 14)])
-numpy.save(sys.argv[3], ReferenceEvaluator(model).run(None, {"input_image": numpy.load(sys.argv[2])})[0])
-"""
 
 
 @pytest.fixture(scope="session")
@@ -53,42 +40,19 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_checkpoint_lacks_no_weight_and_agrees_with_the_graph(fetched: Path, tmp_path: Path) -> None:
-    from transformers import Dinov2Model
-
-    model: Any
-    model, told = Dinov2Model.from_pretrained(real_weights.fetch(fetched), output_loading_info=True)
+    error, largest, told = graph_difference(fetched, tmp_path)
     assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
-    x = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
-    np.save(tmp_path / "x.npy", x)
-    real_weights.run_with_reader(fetched, "-c", _RUN_GRAPH, str(fetched / real_weights.GRAPH), str(tmp_path / "x.npy"), str(tmp_path / "y.npy"))
-    with torch.no_grad():
-        y = model.eval()(torch.from_numpy(x)).last_hidden_state.numpy()
-    error = float(np.abs(y - np.load(tmp_path / "y.npy")).max())
-    print(f"largest difference from the graph: {error:.2g} of values up to {np.abs(y).max():.2g}")
+    print(f"largest difference from the graph: {error:.2g} of values up to {largest:.2g}")
     assert error < 1e-3
 
 
 def test_its_features_know_a_source_again_where_random_weights_do_not(fetched: Path, tmp_path: Path) -> None:
-    from transformers import Dinov2Config, Dinov2Model
-
     real = real_weights.fetch(fetched)
-    torch.manual_seed(0)
-    Dinov2Model(Dinov2Config.from_pretrained(real)).save_pretrained(tmp_path / "random")  # type: ignore[no-untyped-call]
-    (tmp_path / "random" / "preprocessor_config.json").write_text((real / "preprocessor_config.json").read_text())
     pictures.make_pictures(tmp_path / "data", train=72, test=36, seed=0)
-    shares = {name: nearest_neighbour(folder, tmp_path) for name, folder in (("real", real), ("random", tmp_path / "random"))}
+    models = {"real": real, "random": random_weights(real, tmp_path / "random")}
+    shares = {name: nearest_neighbour(provider_of(model, tmp_path / f"cache-{name}"), tmp_path / "data") for name, model in models.items()}
     print(f"source of the nearest training picture: {shares}, by chance 0.083")
     assert shares["real"] > 0.6 and shares["real"] > shares["random"] + 0.2
-
-
-def nearest_neighbour(model: Path, folder: Path) -> float:
-    provider = FeatureProvider.from_settings(
-        resolve([("argument", {"encoder": "hf", "model_name": str(model), "cache_dir": str(folder / model.name)})])
-    )
-    train, test = (provider.of_images(sorted((folder / "data" / split).glob("*.png"))).double() for split in ("train", "test"))
-    train, test = (torch.nn.functional.normalize(x - train.mean(0), dim=1) for x in (train, test))
-    found = (test @ train.T).argmax(1) % len(pictures.SOURCES)
-    return float((found == torch.arange(len(test)) % len(pictures.SOURCES)).double().mean())
 
 
 def interval(differences: NDArray[np.float64], groups: Sequence[int]) -> tuple[float, float]:
@@ -116,27 +80,31 @@ def test_the_condition_reaches_the_decoder_over_three_seeds(fetched: Path, tmp_p
     assert mean["swap"] < 0.4 and mean["on"] - mean["constant"] >= 0.25 and mean["on"] - mean["plain"] >= 0.25
 
 
-def test_features_with_a_common_offset_are_learnt_centred_and_warned_about_as_they_are(fetched: Path, tmp_path: Path) -> None:
-    pictures.make_pictures(tmp_path / "data", train=384, test=144, seed=0)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_features_with_a_common_offset_are_learnt_centred_and_warned_about_as_they_are(fetched: Path, tmp_path: Path, seed: int) -> None:
+    pictures.make_pictures(tmp_path / "data", train=384, test=144, seed=seed)
     encoder = {"encoder": "hf", "model_name": real_weights.fetch(fetched), "cache_dir": tmp_path / "cache"}
     cosine = store_with_offset(tmp_path, {name: str(value) for name, value in encoder.items()})
     assert 0.96 < cosine < 0.98
     copy_host(tmp_path / "host")
     run = HostScripts(tmp_path, os.open(tmp_path, os.O_RDONLY), print)
-    data, settings = ["--data", tmp_path / "data", "--seed", 0], {**encoder, "on_missing_feature": "error"}
+    data, settings = ["--data", tmp_path / "data", "--seed", seed], {**encoder, "on_missing_feature": "error"}
     dices, logs = {}, {}
-    for name, steps in (("center", 400), ("none", 101)):
+    for name in ("center", "none"):
         checkpoint = ["--checkpoint", tmp_path / f"{name}.pt"]
-        run.run(f"train {name}", "on", ["pictures.py", "train", *data, *checkpoint, "--steps", steps], {**settings, "feature_transform": name})
+        run.run(f"train {name}", "on", ["pictures.py", "train", *data, *checkpoint, "--steps", 400], {**settings, "feature_transform": name})
         logs[name] = run.log_of(f"train {name}").read_text()
         for mode in ("on", "shuffle"):
             output = tmp_path / f"{name}-{mode}.json"
             run.run(f"evaluate {name} {mode}", mode, ["pictures.py", "evaluate", *data, *checkpoint, "--output", output], settings)
             dices[name, mode] = mean_dice(output)
     print(f"mean cosine {cosine:.3f}: {dices}")
+    warnings = [line for line in logs["none"].splitlines() if line.startswith("[FILM-WARN]")]
     print(*(line for line in logs["none"].splitlines() if line.startswith(("[FILM-WARN]", "[VLM] condition"))), sep="\n")
-    assert dices["center", "on"] >= 0.8 and dices["center", "on"] - dices["center", "shuffle"] >= 0.25
-    assert "no longer reaches the decoder" in logs["none"] and "feature_transform: center" in logs["none"]
+    # A seed alone is a draw: what three of them reach on the mean is in the test above.
+    assert dices["center", "on"] >= 0.75 and dices["center", "on"] - dices["center", "shuffle"] >= 0.25
+    assert abs(dices["none", "on"] - dices["none", "shuffle"]) < 0.1 and dices["none", "on"] < dices["center", "on"] - 0.2
+    assert warnings and int(warnings[0].split("step ")[1].split(":")[0]) <= 100 and "feature_transform: center" in warnings[0]
     assert "[FILM-WARN]" not in logs["center"]
 
 

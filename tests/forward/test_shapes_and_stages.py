@@ -17,9 +17,9 @@ import pytest
 import torch
 from small_unet import randomise
 from torch import Tensor, nn
+from vlmfilm_plugin.run.alarm import ConditionAlarm
 
 from vlmfilm_plugin import FilmHandle, HostError, SettingsError, TargetMatchError, VlmFilmError, attach, to_port_layout
-from vlmfilm_plugin.run.alarm import ConditionAlarm
 from vlmfilm_plugin.run.log_fields import StepFacts
 from vlmfilm_plugin.run.log_lines import Diagnostics, StageRecorder
 

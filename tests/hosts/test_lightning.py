@@ -99,6 +99,30 @@ def junction_warm_up():
     assert calls["val 1"] == calls["validate"] == calls["test"] == 2 * calls["val 0"] == 2 * calls["sanity"], calls
 
 @scenario
+def live_metrics():
+    import csv, json
+    from lightning.pytorch.loggers import CSVLogger
+    os.environ["VLM_FILM_FILM_LOG_EVERY_N_STEPS_TRAIN"] = os.environ["VLM_FILM_FILM_LOG_EVERY_N_STEPS_VAL"] = "1"
+    model, norms = build(start("on"), wake=False), []
+    class Gradients(L.Callback):
+        def on_before_optimizer_step(self, trainer, model, optimizer):
+            grads = [p.grad.square().sum() for p in film_of(model).heads.parameters() if p.grad is not None]
+            norms.append(float(torch.stack(grads).sum().sqrt()))
+    logger = CSVLogger(ROOT, name="metrics", flush_logs_every_n_steps=1)
+    trainer(2, Gradients(), logger=logger, log_every_n_steps=1, num_sanity_val_steps=0).fit(model, *loaders())
+    logger.save()
+    rows = [json.loads(line) for line in open(f"{logger.log_dir}/film_stats.jsonl")]
+    train = [row for row in rows if row["phase"] == "train"]
+    assert [row["step"] for row in train] == [0, 1, 2, 3], rows
+    for row, norm in zip(train, norms):
+        assert abs(row["grad_norm"] - norm) <= 1e-5 * norm + 1e-7, (row["grad_norm"], norm)
+    assert [row["phase"] for row in rows].count("val") == 2 and rows[-1]["stages"].keys() == {"0", "1"}, rows
+    shown = list(csv.DictReader(open(f"{logger.log_dir}/metrics.csv")))
+    sent = [float(row["film/stage0/gamma_dev"]) for row in shown if row.get("film/stage0/gamma_dev")]
+    assert len(sent) == 4 and abs(sent[3] - train[3]["stages"]["0"]["gamma_dev"]) < 1e-6 and sent[3] > 0, sent
+    assert any(row.get("film/val/stage1/rel_delta") for row in shown) and any(row.get("film/grad_norm") for row in shown)
+
+@scenario
 def sanity_and_limits():
     model, phases = build(start("on"), wake=False), []
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "vlm_film" in name}
@@ -426,6 +450,10 @@ def test_forked_ddp_from_an_activated_process_keeps_the_ranks_equal(verdicts: di
 def test_the_warm_up_of_a_gate_counts_epochs_of_a_fit_and_not_those_of_a_fresh_trainer(verdicts: dict[str, str]) -> None:
     pytest.importorskip("skimage")
     assert verdicts["junction_warm_up"] == "ok"
+
+
+def test_the_hosts_own_logger_and_its_folder_get_films_numbers_with_the_gradients_of_each_update(verdicts: dict[str, str]) -> None:
+    assert verdicts["live_metrics"] == "ok"
 
 
 def test_sanity_validation_comes_first_and_limits_hold(verdicts: dict[str, str]) -> None:

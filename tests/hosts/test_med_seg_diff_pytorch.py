@@ -200,3 +200,30 @@ def test_accelerates_prepare_keeps_the_batch_in_force_in_every_precision(tmp_pat
     assert last_json(output) == {"moved": True, "finite": True, "loss": True}
     plain = run(ACCELERATED.replace("PRECISION", repr(precision)).replace("moved and bool(before)", "True"), tmp_path, None)
     assert last_json(plain) == last_json(output)
+
+
+CENTRED = """
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True, mixed_precision=PRECISION)
+optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-2)
+prepared, optimizer = accelerator.prepare(diffusion, optimizer)
+film = model.vlm_film
+counts, moved = [], []
+for step in range(5):
+    before = film.heads[0].mlp[2].bias.detach().clone()
+    loss = prepared(mask, torch.rand(4, 3, 32, 32))
+    optimizer.zero_grad(); accelerator.backward(loss); optimizer.step()
+    counts.append(film.feature_transform.statistics.facts.count)
+    moved.append(not torch.equal(before, film.heads[0].mlp[2].bias))
+accelerator.save_model(prepared, "saved", safe_serialization=False)
+held = accelerator.unwrap_model(prepared).state_dict()
+mean = next(value for name, value in held.items() if name.endswith("feature_transform.mean"))
+sample = prepared.sample(image)
+print(json.dumps({"counts": counts, "moved": moved, "mean": bool(mean.abs().sum() > 0), "finite": bool(sample.isfinite().all())}))
+"""
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_under_accelerates_prepare_statistics_are_counted_and_film_trains_from_the_eighth_image(tmp_path: Path, precision: str) -> None:
+    found = last_json(run(CENTRED.replace("PRECISION", repr(precision)), tmp_path, "on"))
+    assert found == {"counts": [4, 8, 12, 16, 20], "moved": [False, True, True, True, True], "mean": True, "finite": True}

@@ -62,7 +62,7 @@ def test_training_prints_the_lines_of_a_film_run(trained: tuple[StandIn, str]) -
 
 def test_evaluation_runs_in_every_mode_from_the_checkpoint_alone(trained: tuple[StandIn, str]) -> None:
     host = trained[0]
-    outputs = {mode: host.evaluate("film", mode) for mode in ("on", "off", "shuffle")}
+    outputs = {mode: host.evaluate("film", mode, VLM_FILM_FILM_DEBUG_LINES="full") for mode in ("on", "off", "shuffle")}
     scores = {mode: json.loads((host.output(f"film-{mode}") / "metrics.json").read_text()) for mode in outputs}
     assert all(0 <= score["dice"] <= 1 for score in scores.values())
     assert "encoder=descriptor" in outputs["on"] and "[FILM-SHUFFLE]" in outputs["shuffle"] and "[FILM-SHUFFLE]" not in outputs["on"]

@@ -81,7 +81,13 @@ class Training:
         self, folder: Path, capsys: pytest.CaptureFixture[str], features: Tensor, mode: str = "on", unet: nn.Module | None = None, **settings: Any
     ) -> None:
         ENCODERS["table"] = lambda _: Table(features)
-        environ = {"encoder": "table", "cache_dir": "cache", "accept_narrow_range": True, "feature_transform": "none", **settings}
+        environ = {
+            "encoder": "table",
+            "cache_dir": "cache",
+            "accept_narrow_range": True,
+            "feature_transform": "none",
+            "film_debug_lines": "full",
+        } | settings
         self.runtime = Runtime(mode, {f"VLM_FILM_{name.upper()}": str(value) for name, value in environ.items()}, str(folder))
         self.capsys, self.files = capsys, []
         for value in range(IMAGES):
@@ -194,6 +200,19 @@ def test_controls_are_exempt(mode: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert run.train(30, loss=False).lines() == [] and run.lines("[VLM] condition") == []
 
 
+@pytest.mark.parametrize("control", ["constant", "random", "zero"])
+def test_trained_controls_are_exempt_and_named_in_every_line(control: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Training(tmp_path, capsys, table(6.0), feature_control=control, feature_transform="center").train(60)
+    assert run.lines() == [] and f"feature_control={control} (a control" in run.lines("[VLM] FiLM attached")[0]
+    lines = run.lines("[FILM-DBG]")
+    assert lines and all(f'"feature_control": "{control}"' in line for line in lines)
+    if control == "random":
+        own = run.film.transform(table(6.0)[:2], [f"train:{run.files[0]}", f"train:{run.files[1]}"])
+        again = Training(tmp_path, capsys, table(0.0), feature_control=control, feature_transform="none").train(2)
+        scale: Any = again.film.control.scale / run.film.control.scale  # type: ignore[union-attr]
+        assert torch.allclose(again.film.transform(table(3.0)[:2], [f"train:{file}" for file in run.files[:2]]), own * scale)
+
+
 def test_fresh_heads_that_have_not_moved_are_exempt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Training(tmp_path, capsys, table(6.0)).train(101, loss=False).lines() == []
 
@@ -222,6 +241,22 @@ def test_a_stage_that_died_alone_is_named_and_so_is_its_return(tmp_path: Path, c
     run.kill(1)
     run.film.heads[1].mlp[2].weight.data.zero_()  # type: ignore[index, union-attr]
     assert len(run.train(10, loss=False).lines()) == 2, "it died again"
+
+
+def test_a_faint_spread_is_warned_about_once_it_has_lasted_25_steps_and_one_that_passes_never(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Training(tmp_path, capsys, table(0.0), film_log_every_n_steps_train=10).kill(0, 1, 2, value=5.0)
+    for head in run.film.heads:
+        torch.nn.init.normal_(head.mlp[2].weight, std=0.05, generator=run.g)  # type: ignore[index, union-attr]
+    assert run.train(21, loss=False).lines() == []
+    faint = [line for line in run.lines("[FILM-DBG]") if '"step": 20' in line]
+    assert all(1e-6 < float(line.split('"gamma_between_images": ')[1].split(",")[0]) < 1e-4 for line in faint), "far from the same, far from 0.1"
+    assert len(run.train(10, loss=False).lines()) == 1 and "step 30" in run.lines()[0]
+    passing = Training(tmp_path, capsys, table(0.0), film_log_every_n_steps_train=10).kill(0, 1, 2, value=5.0)
+    for head in passing.film.heads:
+        torch.nn.init.normal_(head.mlp[2].weight, std=0.05, generator=run.g)  # type: ignore[index, union-attr]
+    assert passing.train(15, loss=False).kill(0, 1, 2, value=0.0).train(30, loss=False).lines() == []
 
 
 def test_unbounded_heads_that_ignore_the_condition_are_seen_without_a_word_of_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,5 +375,5 @@ def test_the_heads_are_asked_at_the_said_steps_alone(tmp_path: Path, capsys: pyt
     asked: list[int] = []
     run.film.heads[0].register_forward_hook(lambda *_: asked.append(run.global_step) if not run.film.training else None)
     run.train(125, loss=False)
-    assert asked == [0, 1, 24, 40, 49, 80, 99, 120]
+    assert asked == [0, 24, 40, 49, 80, 99, 120]
     assert run.film.training and all(isinstance(head, AdaptiveFiLMHead) and head.training for head in run.film.heads)

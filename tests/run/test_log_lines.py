@@ -77,6 +77,7 @@ class Run:
 
     def __init__(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str = "on", *, is_moved: bool = True, **settings: object) -> None:
         environ = {"VLM_FILM_ENCODER": "descriptor", "VLM_FILM_CACHE_DIR": "cache", "VLM_FILM_COND_DIM": "4", "VLM_FILM_FEATURE_TRANSFORM": "none"}
+        environ["VLM_FILM_FILM_DEBUG_LINES"] = "full"
         environ |= {f"VLM_FILM_{name.upper()}": str(value) for name, value in settings.items()}
         self.capsys, self.owner = capsys, Owner()
         self.runtime = Runtime(mode, environ, str(tmp_path))

@@ -432,3 +432,79 @@ def test_two_names_of_one_image_do_not_exchange_with_each_other(tmp_path: Path, 
         y, _ = apply_vlm_film(X[:4], condition, HEADS, 0, nn.Module())
         own, _ = apply_vlm_film(X[:4], condition, HEADS, 0, nn.Module(), mode="on")
         assert not any(torch.allclose(a, b) for a, b in zip(y, own, strict=True))
+
+
+# The alarm
+
+
+class Model(nn.Module):
+    """A model that applies FiLM by hand at two stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = heads()
+
+    def forward(self, given: Any, seen: Tensor = X) -> Tensor:
+        for stage in range(2):
+            seen, _ = apply_vlm_film(seen, given, self.heads, stage, module=self)
+        return seen
+
+    def saturate(self, value: float = 20.0) -> Model:
+        with torch.no_grad():
+            for head in self.heads:
+                head.mlp[2].bias.fill_(value)  # type: ignore[index, union-attr]
+                head.mlp[2].weight.zero_()  # type: ignore[index, union-attr]
+        return self
+
+
+def alarms(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if "no longer reaches the decoder" in line]
+
+
+@pytest.mark.parametrize("kind", ["tensor", "conditioner's", "one image a batch"])
+def test_a_training_whose_heads_tell_no_images_apart_is_warned_once_with_what_to_set(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Model().saturate()
+    for number in range(101):
+        given: Any = COND
+        if kind != "tensor":
+            rows_ = [number % B] if kind == "one image a batch" else list(range(B))
+            given = {"cond_vec": COND[rows_], "_dbg": {"step": number, "should_log": False, "keys": [f"train:{row}.png" for row in rows_]}}
+        model(given, X[: len(given["cond_vec"]) if kind != "tensor" else B])
+        said = alarms(capsys)
+        assert len(said) == (number == 24), (number, said)
+        if said:
+            assert said[0].startswith("[FILM-WARN] step 24: ") and "stages 0, 1" in said[0]
+            assert "feature_transform='center'" in said[0] and "`fit`" in said[0] and "gamma_scale=None" in said[0]
+
+
+def test_no_alarm_by_hand_for_live_or_fresh_heads_controls_evaluation_or_one_image(capsys: pytest.CaptureFixture[str]) -> None:
+    dead = Model().saturate()
+    fresh = Model()
+    fresh.heads = heads(is_moved=False)
+    one = {"cond_vec": COND[:1].expand(B, -1), "_dbg": {"step": 0, "should_log": False, "keys": ["train:0.png"] * B}}
+    for number in range(101):
+        one["_dbg"]["step"] = number  # type: ignore[index]
+        Model()(COND)
+        fresh(COND)
+        dead(one)
+        dead(COND[:1].expand(B, -1))
+        with torch.no_grad():
+            dead(COND)
+        dead.eval()(COND)
+        dead.train()
+    for mode in ("off", "shuffle"):
+        for _ in range(101):
+            apply_vlm_film(X, COND, dead.heads, 0, module=dead, mode=mode)
+    assert alarms(capsys) == []
+
+
+def test_accumulated_batches_and_recomputed_stages_count_once_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = Model().saturate(), X.clone().requires_grad_()
+    for number in range(25):
+        assert alarms(capsys) == [], number
+        for _ in range(2):
+            given = cond(number, should_log=False, keys=[f"train:{row}.png" for row in range(B)])
+            checkpoint(model, given, x, use_reentrant=False).sum().backward()
+    assert len(alarms(capsys)) == 1

@@ -133,7 +133,10 @@ def to_port_layout(state: Mapping[str, Any]) -> dict[str, Any]:
         facts = {"found": f"head {described['head']!r}", "expected": "'film', the only one that the port knows"}
         raise CheckpointError("cannot write the port's layout: the port has no such head", facts, "export in the package's own layout")
     if described.get("feature_control", "none") != "none":
-        facts = {"found": "feature_control constant: one feature for all images", "expected": "FiLM of each image's own feature"}
+        facts = {
+            "found": f"feature_control {described['feature_control']}: trained without the condition",
+            "expected": "FiLM of each image's own feature",
+        }
         raise CheckpointError("cannot write the port's layout: the port has no such control", facts, "export in the package's own layout")
     several = sorted({stage["index"] for stage in described["stages"] if stage.get("block") is not None})
     if several:

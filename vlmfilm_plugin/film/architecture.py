@@ -19,7 +19,7 @@ from typing import Any
 
 from vlmfilm_plugin.errors import CheckpointError
 from vlmfilm_plugin.log import film_logger
-from vlmfilm_plugin.settings.parsing import are_steps
+from vlmfilm_plugin.settings.parsing import CONTROLS, are_steps
 from vlmfilm_plugin.settings.record import Settings
 
 FORMAT = 4
@@ -105,7 +105,7 @@ _BOUND = "a number >= 0, or null", _is_bound
 _FLAG = "true or false", lambda value: isinstance(value, bool)
 _TEXT = "text", lambda value: isinstance(value, str)
 _STEPS = "a list of steps: center or standardize, and l2norm", lambda value: isinstance(value, list | tuple) and are_steps(value)
-_CONTROL = "none or constant", lambda value: value in ("none", "constant")
+_CONTROL = f"none, {', '.join(CONTROLS)}", lambda value: value in ("none", *CONTROLS)
 _STAGES = "one or more stages with index, path and channels, and block where a stage has several", _are_stages
 _BLOCKS = "all or last", lambda value: value in ("all", "last")
 
@@ -125,7 +125,7 @@ class Architecture:
     is_text: bool = field(metadata=_says(*_FLAG, "use_text_prompt_cond", is_encoders=True))
     head: str = field(default="film", metadata=_says(*_TEXT, "head"))
     feature_transform: tuple[str, ...] = field(default=(), metadata=_says(*_STEPS, "feature_transform"))
-    # A control: `constant` conditions every image on the one feature that FiLM holds.
+    # A control: what takes the place of features.
     feature_control: str = field(default="none", metadata=_says(*_CONTROL, "feature_control"))
     blocks: str = field(default="all", metadata=_says(*_BLOCKS, "blocks"))
     # Of the encoder; a description may lack them.

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from vlmfilm_plugin.errors import CheckpointError
 from vlmfilm_plugin.film.architecture import Architecture, check_architecture, head_names, read_extra_state
-from vlmfilm_plugin.film.feature_control import ConstantFeature
-from vlmfilm_plugin.film.feature_statistics import Statistics, check_facts, read_facts
+from vlmfilm_plugin.film.feature_control import FeatureControl, build_control
+from vlmfilm_plugin.film.feature_statistics import Statistics, check_facts, marks_of, read_facts
 from vlmfilm_plugin.film.feature_transform import FeatureTransform
 from vlmfilm_plugin.film.heads import Head, HeadShape, build_head
 from vlmfilm_plugin.film.layers import ImageToConditionVector, TextToConditionVector
@@ -123,7 +123,7 @@ class FilmModule(nn.Module):
             (self.heads if block is None else cast(nn.ModuleList, self.heads[place])).append(build_head(a.head, shape))
         self.head_places = head_names(a.stages)
         self.use_transform(a.feature_transform)
-        self.control = ConstantFeature(a.feature_dim) if a.feature_control == "constant" else None
+        self.control = build_control(a.feature_control, a.feature_dim)
         # An unused parameter stops DDP in the next step.
         self.requires_grad_(mode != "off")
         self.compiled_inputs = [CompiledInputs() for _ in architecture.stages]
@@ -131,7 +131,7 @@ class FilmModule(nn.Module):
         _living.add(self)
 
     feature_transform: FeatureTransform | None
-    control: ConstantFeature | None
+    control: FeatureControl | None
     # Pickled before a stage could have several blocks: its place in `heads` is the head's.
     head_places: Sequence[tuple[int, int | None]] | None = None
 
@@ -144,13 +144,16 @@ class FilmModule(nn.Module):
             built.to(parameter.device, parameter.dtype)
         self.register_module("feature_transform", built)
 
-    def transform(self, features: Tensor) -> Tensor:
+    def transform(self, features: Tensor, keys: Sequence[str] | None = None) -> Tensor:
         """Return features (B, F) as the projection takes them.
+
+        Args:
+            keys: of the rows' images, by which a control draws; None: by the features' values.
 
         Raises:
             ConditionError: the transform has no statistics.
         """
-        features = features if self.feature_transform is None else cast(Tensor, self.feature_transform(features))
+        given, features = features, features if self.feature_transform is None else cast(Tensor, self.feature_transform(features))
         if self.control is None:
             return features
         if not self.control.is_known:
@@ -158,7 +161,7 @@ class FilmModule(nn.Module):
             for film in self.copies():
                 if film.control is not None and film is not self and not film.control.is_known:
                     film.control.load_state_dict(self.control.state_dict())
-        return cast(Tensor, self.control(features))
+        return cast(Tensor, self.control(features, marks_of(given) if keys is None else keys))
 
     @property
     def lacks_statistics(self) -> bool:
@@ -167,7 +170,7 @@ class FilmModule(nn.Module):
 
     @property
     def waits(self) -> bool:
-        """Tell whether FiLM is the identity for now: its transform cannot be used yet, or the training image of a control is not known."""
+        """Tell whether FiLM is the identity for now: its transform cannot be used yet, or what a control holds of a training image is not known."""
         return self.lacks_statistics or (self.control is not None and not self.training and not self.control.is_known)
 
     def copies(self) -> list[FilmModule]:

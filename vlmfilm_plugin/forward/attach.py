@@ -16,6 +16,7 @@ from torch import nn
 from vlmfilm_plugin.encoders.registry import build_encoder
 from vlmfilm_plugin.errors import HostError, SettingsError
 from vlmfilm_plugin.film.architecture import Architecture, decided_by
+from vlmfilm_plugin.film.feature_control import set_seed
 from vlmfilm_plugin.film.freezing import freeze_host
 from vlmfilm_plugin.film.heads import check_head
 from vlmfilm_plugin.film.learning_rate import scale_learning_rate
@@ -156,6 +157,7 @@ def install(
         encoder=None if identity is None else dict(identity.identity.facts),
     )
     film = _build(architecture, mode, unet, is_open)
+    set_seed(film.control, settings.feature_control_seed)
     if identity is not None:
         film.former_fingerprints = identity.identity.formerly
     frozen_by = settings.origin("freeze_host") if settings.freeze_host else None

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from vlmfilm_plugin.errors import ConditionError
 from vlmfilm_plugin.features.shuffle import Shuffle, distances_of, images_of
+from vlmfilm_plugin.film.alarm import Advice, ConditionAlarm
 from vlmfilm_plugin.film.feature_transform import unfitted
 from vlmfilm_plugin.film.gate_view import GateView, MaskReader
 from vlmfilm_plugin.film.gates import Gate, SpatialGate, check_gate, gate_of
 from vlmfilm_plugin.forward.context import ForwardContext
+from vlmfilm_plugin.forward.recompute import NO_TASK, graph_task
 from vlmfilm_plugin.settings.record import Settings
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ class GivenFeatures:
     """The condition that a caller gives by hand: features (B, F), for every UNet of one `film_id` (a UNet and its copies).
 
     `names` are those of the rows, for the file of pairs alone: what tells images apart in mode `shuffle` is their features.
+    `alarm` watches the forwards of a training.
     """
 
     film_id: str
@@ -36,6 +39,7 @@ class GivenFeatures:
     step: int = 0
     shuffle: Shuffle = field(default_factory=Shuffle)
     names: Sequence[object] | None = None
+    alarm: ConditionAlarm | None = None
     is_for_all: bool = False
 
     @cached_property
@@ -69,8 +73,19 @@ class GivenFeatures:
             raise unfitted(film.architecture.feature_transform)
         features = film.transform(self._shuffled if film.mode == "shuffle" else self.features).to(x.device)
         index = None if given == rows else torch.zeros(rows, dtype=torch.long, device=x.device)
+        if masks is not None:
+            self._watch(film, features)
         gate = None if masks is None else self._gate(film, GateView(x, image, masks=masks))
         return ForwardContext(film, features, index, gate=gate)
+
+    def _watch(self, film: FilmModule, features: Tensor) -> None:
+        """Let the alarm see what conditions a forward of a training: one that is not run again in backward(). Controls are exempt."""
+        is_training = film.training and torch.is_grad_enabled() and graph_task() == NO_TASK
+        if self.alarm is None or not is_training or film.mode != "on" or film.architecture.feature_control != "none":
+            return
+        self.alarm.collect(None, features)
+        if self.alarm.is_due():
+            self.alarm.read(film, Advice.of(film, "`handle.fit(features)` before the first step"))
 
     def _gate(self, film: FilmModule, view: GateView) -> SpatialGate | None:
         if self.gate is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfilm_plugin.errors import ConditionError
+from vlmfilm_plugin.film.alarm import ConditionAlarm
 from vlmfilm_plugin.film.architecture import Stage
 from vlmfilm_plugin.film.feature_statistics import Facts, made_of, marks_of
 from vlmfilm_plugin.film.feature_transform import unfitted
@@ -41,6 +42,7 @@ class FilmHandle:
         self.unet, self.film, self.settings = unet, film, settings
         self._undo = undo
         self._provider: FeatureProvider | None = None
+        self._alarm = ConditionAlarm.of(settings, says_energy=False)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -57,6 +59,8 @@ class FilmHandle:
         self, features: Tensor | None = None, *, images: Sequence[Any] | None = None, gate: Tensor | Gate | None = None, step: int = 0
     ) -> Iterator[None]:
         """Condition the UNet's forwards inside the block, one feature a row, or one for all rows.
+
+        Forwards in training mode with gradients are watched: `[FILM-WARN]` says when the condition no longer reaches the decoder.
 
         Args:
             features: (B, F), as the encoder gave them, any float dtype, finite; used detached, and transformed as `fit` has set it.
@@ -82,7 +86,7 @@ class FilmHandle:
             find_gate(self.settings.gate_name, self.settings.origin("spatial_gate"))
         shuffle = Shuffle.from_settings(self.settings)
         names = None if images is None else [image if isinstance(image, str | os.PathLike) else f"row {row}" for row, image in enumerate(images)]
-        given = GivenFeatures(self.film.film_id, features.detach(), self.settings, gate, step, shuffle, names)
+        given = GivenFeatures(self.film.film_id, features.detach(), self.settings, gate, step, shuffle, names, self._alarm)
         with conditioning.in_force(given):
             yield
 

@@ -88,7 +88,7 @@ class Activation:
         self.training.start()
 
     def _files(self) -> list[FileAdapter]:
-        """Load the adapters that are files; children find them by the same paths, wherever they start.
+        """Load the host adapters that are files; children find them by the same paths, wherever they start.
 
         Raises:
             SystemExit: one cannot be used; an exception would be taken for a broken installation by the start-up gate.

@@ -24,16 +24,16 @@ class FileAdapter:
     Attributes:
         name: the host module that triggers it.
         value: the file.
-        adapter: the file as a module.
+        module: the file, executed.
     """
 
     name: str
     value: str
-    adapter: ModuleType
+    module: ModuleType
 
     def load(self) -> ModuleType:
-        """Return the adapter."""
-        return self.adapter
+        """Return the host adapter."""
+        return self.module
 
 
 def absolute_paths(environ: Mapping[str, str], base_dir: str) -> list[Path]:
@@ -60,7 +60,7 @@ def _execute(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise _refusal(path, "a file that Python cannot import", "a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
-    # Functions of the adapter are pickled with the UNet: they are found by the module's name.
+    # Functions of the host adapter are pickled with the UNet: they are found by the module's name.
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)

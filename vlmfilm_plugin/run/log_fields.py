@@ -66,6 +66,10 @@ class StepFacts:
     permutation: Sequence[int] | None = None
     film_id: str = ""
     response: Mapping[str, Any] | None = None
+    control: str = "none"
+    # The FiLM module, and the trainer of the host's step where it has one.
+    film: Any = None
+    trainer: Any = None
 
     def fields(self) -> dict[str, Any]:
         """Return the fields that are the same for every stage."""
@@ -82,6 +86,8 @@ class StepFacts:
             "film_mode": self.mode,
             "film_bypass": self.mode == "off",
             "film_apply_point": self.apply_point,
+            # Such a run never passes for FiLM.
+            **({} if self.control == "none" else {"feature_control": self.control}),
             **cache_fields(self.cache),
             **({} if self.response is None else {"vlm_response_debug": self.response}),
             "shuffle_perm_hash": None if self.permutation is None else permutation_hash(self.permutation),

@@ -1,7 +1,8 @@
 """The log lines of FiLM, from statistics taken on logged steps only: those of a run, and those of a model that calls FiLM by hand.
 
-`[FILM-DBG]` one line a stage on logged steps, `[FILM-VAL]` means at the end of a validation, `[FILM-WARN]` when gamma and beta stay
-constant (the port's; that of a condition which reaches nothing is in `alarm.py`), `[FILM-SHUFFLE]` once an epoch, `[VLM] cache_stats`.
+`[FILM-DBG]` on logged steps: one short line, or in full the port's JSON, one line a block (`film_debug_lines`); the same numbers go on by
+`live_metrics`. `[FILM-VAL]` means at the end of a validation, `[FILM-WARN]` when gamma and beta stay constant (the port's; that of a condition
+which reaches nothing is in `film/alarm.py`), `[FILM-SHUFFLE]` once an epoch, `[VLM] cache_stats`.
 Reading a statistic synchronises the device: nothing here runs else.
 """
 
@@ -12,16 +13,19 @@ import functools
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
 
 from vlmfilm_plugin.features.samples import CacheStats
+from vlmfilm_plugin.film.alarm import ConditionAlarm
 from vlmfilm_plugin.film.architecture import Stage
 from vlmfilm_plugin.film.module import MARKER
 from vlmfilm_plugin.film.statistics import statistics
+from vlmfilm_plugin.film.verdict import StageVerdict
 from vlmfilm_plugin.log import film_logger, is_rank_zero
-from vlmfilm_plugin.run.alarm import ConditionAlarm, StageVerdict
+from vlmfilm_plugin.run.live_metrics import LiveMetrics, short_line
 from vlmfilm_plugin.run.log_fields import StepFacts, as_json, first_answer, line_of
 from vlmfilm_plugin.settings.mode import MODE_VARIABLE
 from vlmfilm_plugin.settings.record import Settings
@@ -61,16 +65,17 @@ class ModelLines:
         self._validation: list[dict[str, Any]] = []
         self._shuffled: Hashable = self
 
-    def debug(self, row: dict[str, Any], *, is_validation: bool, is_watched: bool) -> None:
-        """Write `[FILM-DBG]` for one stage, keep it for `[FILM-VAL]` in a validation, and count for `[FILM-WARN]` where it is watched."""
-        film_logger().info("[FILM-DBG] %s", as_json(row))
+    def debug(self, row: dict[str, Any], *, is_validation: bool, is_watched: bool, is_full: bool = True) -> None:
+        """Write `[FILM-DBG]` for one block where lines are full, keep it for `[FILM-VAL]` in a validation, and count for `[FILM-WARN]`."""
+        if is_full:
+            film_logger().info("[FILM-DBG] %s", as_json(row))
         if is_validation:
             self._validation.append(row)
         if is_watched:
             self._watch(row)
 
-    def report_validation(self, calls: int = 0) -> None:
-        """Write `[FILM-VAL]`: means of the validation's logged statistics; nothing where there are none and no calls either.
+    def report_validation(self, calls: int = 0) -> list[dict[str, Any]]:
+        """Write `[FILM-VAL]`: means of the validation's logged statistics, which are returned; nothing where there are none and no calls either.
 
         Args:
             calls: how often FiLM was applied in the validation, logged or not, where that is counted.
@@ -79,13 +84,15 @@ class ModelLines:
         if not rows:
             if calls:
                 film_logger().info("[FILM-VAL] %s", as_json({"stage": "val", "logged_steps": 0}))
-            return
+            return rows
         # A value may not exist in one row and exist in the next: a batch of one has no cosines.
         numbers = [name for name in rows[0] if any(isinstance(row.get(name), float) for row in rows)]
         means = {name: _mean([row[name] for row in rows if isinstance(row.get(name), float)]) for name in numbers}
         same = {name: rows[-1].get(name) for name in ("stage", "step", "epoch", "film_mode", "film_apply_point")}
+        same |= {name: rows[-1][name] for name in ("feature_control",) if name in rows[-1]}
         steps = max(Counter((row["film_stage_idx"], row.get("film_block_idx")) for row in rows).values())
         film_logger().info("[FILM-VAL] %s", as_json({**same, "logged_steps": steps, **means}))
+        return rows
 
     def shuffled(self, epoch: Hashable, permutation: Sequence[int], note: str = "") -> None:
         """Write `[FILM-SHUFFLE]`, once an epoch."""
@@ -122,6 +129,10 @@ class Diagnostics:
         # By `film_id`: a UNet and its copies.
         self._lines: defaultdict[str, ModelLines] = defaultdict(ModelLines)
         self._alarms: dict[str, ConditionAlarm] = {}
+        # A short line has no room for what a model answered.
+        is_asked = settings.film_debug_lines == "short" and self._responses_every is not None
+        self._debug_lines, self.metrics = "full" if is_asked else settings.film_debug_lines, LiveMetrics(settings)
+        self._trainer: ReferenceType[Any] | None = None
 
     def is_logged(self, phase: str, step: int | None, batch_idx: int | None) -> bool:
         """Tell whether this step is logged, on rank zero; with gradient accumulation, the first batch of a step alone."""
@@ -142,7 +153,7 @@ class Diagnostics:
     def alarm(self, film_id: str, settings: Settings) -> ConditionAlarm:
         """Return what watches the condition of a UNet and its copies."""
         if film_id not in self._alarms:
-            self._alarms[film_id] = ConditionAlarm(settings)
+            self._alarms[film_id] = ConditionAlarm.of(settings)
         return self._alarms[film_id]
 
     def enter_phase(self, phase: str) -> None:
@@ -152,8 +163,10 @@ class Diagnostics:
 
     def report_validation(self) -> None:
         """Write `[FILM-VAL]`, one line a model that was validated."""
-        for lines in self._lines.values():
-            lines.report_validation()
+        trainer = None if self._trainer is None else self._trainer()
+        for film_id, lines in self._lines.items():
+            if rows := lines.report_validation():
+                self.metrics.validation(film_id, rows, trainer)
 
     def shuffled(self, phase: str, epoch: int | None, permutation: Sequence[int], note: str = "") -> None:
         """Write `[FILM-SHUFFLE]` once an epoch and phase."""
@@ -178,11 +191,22 @@ class Diagnostics:
             self._stats_step = step
             film_logger().info("[VLM] cache_stats: %s", stats)
 
-    def add(self, facts: StepFacts, stage: Stage, numbers: dict[str, Any]) -> None:
-        """Write `[FILM-DBG]` for one block of a logged step, and keep count for the other lines."""
+    def add(self, facts: StepFacts, stage: Stage, numbers: dict[str, Any]) -> dict[str, Any]:
+        """Take the statistics of one block of a logged step, and return its row; where lines are full, write it."""
         block = {} if stage.block is None else {"film_block_idx": stage.block}
         row = line_of(facts.fields(), {"film_stage_idx": stage.index, **block}, numbers)
-        self._lines[facts.film_id].debug(row, is_validation=facts.phase == "val", is_watched=facts.phase == "train" and facts.mode != "off")
+        is_watched = facts.phase == "train" and facts.mode != "off"
+        self._lines[facts.film_id].debug(row, is_validation=facts.phase == "val", is_watched=is_watched, is_full=self._debug_lines == "full")
+        return row
+
+    def finish(self, facts: StepFacts, rows: Sequence[dict[str, Any]]) -> None:
+        """Take the rows of all blocks of a logged step: the short line, and the live metrics of a training step."""
+        if self._debug_lines == "short":
+            film_logger().info("[FILM-DBG] %s", short_line(self.metrics.row(facts.film_id, rows)))
+        if facts.phase == "val":
+            self._trainer = None if facts.trainer is None else ref(facts.trainer)
+        if facts.phase == "train":
+            self.metrics.step(facts, rows)
 
 
 class StageRecorder:
@@ -190,18 +214,19 @@ class StageRecorder:
 
     def __init__(self, diagnostics: Diagnostics, facts: StepFacts, verdicts: Mapping[int | str, StageVerdict]) -> None:
         self._diagnostics, self._facts, self._verdicts = diagnostics, facts, verdicts
-        self._seen: set[int | str] = set()
+        self._rows: dict[int | str, dict[str, Any]] = {}
 
     def record(self, stage: Stage, before: Tensor, after: Tensor, gamma: Tensor, beta: Tensor, cond_vec: Tensor | None) -> None:
         """Compute and write the statistics of one block (shapes: `conditioning.Recorder`)."""
-        if stage.key in self._seen:
+        if stage.key in self._rows:
             return
-        self._seen.add(stage.key)
         with torch.no_grad():
             numbers = statistics(before, after, gamma, beta, cond_vec)
         if stage.key in self._verdicts:
             numbers |= self._verdicts[stage.key].fields()
-        self._diagnostics.add(self._facts, stage, numbers)
+        self._rows[stage.key] = self._diagnostics.add(self._facts, stage, numbers)
+        if self._facts.film is not None and len(self._rows) == len(self._facts.film.architecture.stages):
+            self._diagnostics.finish(self._facts, list(self._rows.values()))
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from vlmfilm_plugin.errors import CheckpointError, ConditionError
 from vlmfilm_plugin.features.samples import Sample
+from vlmfilm_plugin.film.alarm import Advice
 from vlmfilm_plugin.film.gate_view import GateView, MaskReader
 from vlmfilm_plugin.film.gates import SpatialGate, gate_of
 from vlmfilm_plugin.film.module import FilmModule
+from vlmfilm_plugin.film.verdict import StageVerdict
 from vlmfilm_plugin.forward.context import ForwardContext
 from vlmfilm_plugin.host_spec import RowMap, same_rows
 from vlmfilm_plugin.log import film_logger
 from vlmfilm_plugin.rows.ledger import Ledger
-from vlmfilm_plugin.run.alarm import StageVerdict
 from vlmfilm_plugin.run.feature_lookup import BatchFeatures
 from vlmfilm_plugin.run.film_state import FilmState, FilmStates
 from vlmfilm_plugin.run.loaded_rows import CONTENT, LoadedRows
@@ -43,6 +44,7 @@ class HostBatch:
         is_fit: False where a trainer validates a checkpoint: its epoch counts from 0 and says nothing of the training.
         is_in_fit: True where a trainer says that it trains, its validation included.
         loaded: the images as the data loader gave them (B, ...), where `content` holds others.
+        trainer: Lightning's, whose loggers get FiLM's numbers; None where there is none.
         is_whole: whether the images are whole and not augmented: then their pixels may stand for a file that cannot be read.
     """
 
@@ -57,6 +59,7 @@ class HostBatch:
     is_in_fit: bool = False
     loaded: Tensor | None = None
     is_whole: bool = False
+    trainer: Any = None
 
 
 class RunningBatch:
@@ -87,7 +90,7 @@ class RunningBatch:
         self.image = image_of(given.content)
         self._loaded = LoadedRows(ledger or Ledger(), self.image if given.loaded is None else given.loaded)
         self._row_index = RowIndex(given.rows, given.phase, self.image)
-        self._features: dict[Any, Tensor] = {}
+        self._features: dict[Any, tuple[Tensor, list[str]]] = {}
         self._transformed: dict[Any, Tensor] = {}
         self._recorded: set[str] = set()
         # The keys of what conditions the samples, by `film_id`, until the alarm has seen it.
@@ -165,7 +168,7 @@ class RunningBatch:
         alarm = self._diagnostics.alarm(film.film_id, self._states.settings_of(film))
         alarm.collect(keys, features)
         if alarm.is_due(self.given.step):
-            self._verdicts[film.film_id] = alarm.read(film, self.given.step)
+            self._verdicts[film.film_id] = alarm.read(film, Advice.of(film, "`feature_transform: center`"))
 
     def _recorder(self, film: FilmModule) -> StageRecorder | None:
         if not self._is_logged or film.film_id in self._recorded:
@@ -181,11 +184,12 @@ class RunningBatch:
             self._features[key] = self._look_up(film)
         # By module: a copy may have been given statistics of its own.
         if (film, device) not in self._transformed:
-            features = self._features[key]
-            self._transformed[film, device] = (features if film.waits else film.transform(features)).to(device, non_blocking=True)
+            features, keys = self._features[key]
+            self._transformed[film, device] = (features if film.waits else film.transform(features, keys)).to(device, non_blocking=True)
         return self._transformed[film, device]
 
-    def _look_up(self, film: FilmModule) -> Tensor:
+    def _look_up(self, film: FilmModule) -> tuple[Tensor, list[str]]:
+        """Return the features of the samples, and the keys of the images that they are of."""
         given, state = self.given, self._states.of(film)
         if given.phase == "train":
             state.provider.enter_epoch(given.epoch)
@@ -210,11 +214,13 @@ class RunningBatch:
             state.statistics.require(film, given.phase, found.features, is_in_fit=given.is_in_fit)
         if is_train and film.mode == "on":
             self._unwatched[film.film_id] = [sample.key for sample in found.used]
-        features, permutation = self._shuffle(state, found) if film.mode == "shuffle" else (found.features, None)
+        keys, features, permutation = [sample.key for sample in found.used], found.features, None
+        if film.mode == "shuffle":
+            features, permutation, keys = self._shuffle(state, found)
         self._diagnostics.cache_stats(given.step, state.provider.stats)
         self._facts = self._step_facts(film, found, permutation)
         self._facts.response = self._diagnostics.response(self._facts, state.provider.note_of(found.samples[0]))
-        return features
+        return features, keys
 
     def _check_kind(self, film: FilmModule, state: FilmState, samples: Sequence[Sample]) -> None:
         is_content_fine = self.given.is_whole or state.settings.unnamed_rows == CONTENT
@@ -223,33 +229,33 @@ class RunningBatch:
     def _step_facts(self, film: FilmModule, found: BatchFeatures | None, permutation: list[int] | None) -> StepFacts:
         given, architecture = self.given, film.architecture
         facts = StepFacts(given.phase, given.step, given.epoch, given.batch_idx, self.image.shape[0], film.mode, architecture.apply_point, "none")
-        facts.film_id = film.film_id
+        facts.film_id, facts.control, facts.film, facts.trainer = film.film_id, architecture.feature_control, film, given.trainer
         if found is not None:
             facts.cond_source = "text" if architecture.is_text else "image"
             facts.keys, facts.cache, facts.has_mixed_keys, facts.permutation = found.keys, found.cache, found.has_mixed_keys, permutation
         return facts
 
-    def _shuffle(self, state: FilmState, found: BatchFeatures) -> tuple[Tensor, list[int]]:
-        """Return features of other images: exchanged inside the batch, or, where all rows have one image's, a donor's."""
+    def _shuffle(self, state: FilmState, found: BatchFeatures) -> tuple[Tensor, list[int], list[str]]:
+        """Return features of other images, and their keys: exchanged inside the batch, or, where all rows have one image's, a donor's."""
         given, step = self.given, self.given.step or 0
         if not state.donors.is_within_batch:
             return self._donated(state, found, step)
         permutation = state.donors.exchange([sample.key for sample in found.used], found.features, step)
         if permutation is not None:
             self._diagnostics.shuffled(given.phase, given.epoch, permutation)
-            return found.features[permutation], permutation
+            return found.features[permutation], permutation, [found.used[row].key for row in permutation]
         alone = found.used[0]
         donor, feature = state.donors.donor(alone, step)
         self._diagnostics.shuffled(given.phase, given.epoch, [0], f" batch of one image: {alone.key} is conditioned on {donor}")
-        return feature.expand(len(found.used), -1), [0] * len(found.used)
+        return feature.expand(len(found.used), -1), [0] * len(found.used), [donor] * len(found.used)
 
-    def _donated(self, state: FilmState, found: BatchFeatures, step: int) -> tuple[Tensor, list[int]]:
+    def _donated(self, state: FilmState, found: BatchFeatures, step: int) -> tuple[Tensor, list[int], list[str]]:
         """Return the feature of a donor of its own for each sample."""
         given = self.given
         donors = [state.donors.donor(sample, step) for sample in found.used]
         first = f" each by a donor of its own: {found.used[0].key} is conditioned on {donors[0][0]}"
         self._diagnostics.shuffled(given.phase, given.epoch, [0], first)
-        return torch.stack([feature for _, feature in donors]), [0] * len(donors)
+        return torch.stack([feature for _, feature in donors]), [0] * len(donors), [name for name, _ in donors]
 
 
 def image_of(batch: Any) -> Tensor:

@@ -128,8 +128,11 @@ class Runtime:
         self.states.built(handle.film, settings)
         stages = ", ".join(f"{stage.label} ({stage.path}, {stage.channels})" for stage in handle.stages)
         film_logger().info(
-            "[VLM] FiLM attached: mode=%s encoder=%s unet=%s apply_point=%s stages=%s",
+            "[VLM] FiLM attached: mode=%s%s encoder=%s unet=%s apply_point=%s stages=%s",
             self.mode,
+            ""
+            if (control := handle.film.architecture.feature_control) == "none"
+            else f" feature_control={control} (a control, trained without the condition: no run of FiLM)",
             settings.encoder,
             type(unet).__name__,
             settings.apply_point,
@@ -263,6 +266,8 @@ class Runtime:
             is_in_fit=doing == "fit",
             loaded=loaded,
             is_whole=is_whole,
+            # The attribute behind Lightning's property, which raises where no trainer is attached.
+            trainer=getattr(owner, "_trainer", None),
         )
         if phase == "train" and self.attached:
             # A host's loop may save by `torch.save` alone, which nothing here sees.

@@ -50,6 +50,7 @@ class SettingsArguments(TypedDict, total=False):
     on_missing_feature: str
     accept_narrow_range: bool
     feature_control: str
+    feature_control_seed: int
     feature_transform: str | Sequence[str]
     unnamed_rows: str
     # which feature conditions which row
@@ -82,6 +83,8 @@ class SettingsArguments(TypedDict, total=False):
     verbose_debug: bool
     log_every_n_steps: int
     film_debug_enabled: bool
+    film_debug_lines: str
+    film_stats_dir: str | None
     film_log_every_n_steps_train: int
     film_log_every_n_steps_val: int
     vlm_response_debug_enabled: bool

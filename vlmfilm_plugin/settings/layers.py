@@ -132,7 +132,7 @@ def resolve(layers: Iterable[Layer], base_dir: str | Path | None = None) -> Sett
         if name not in values:
             values[name], origins[name] = raw, f"preset {preset}"
     root = Path(base_dir or Path.cwd())
-    for name in ("cache_dir", "dataset_root", "questionnaire", "shuffle_pairs_file"):
+    for name in (*(name for name, item in FIELDS.items() if item.metadata["kind"] == "path"), "questionnaire"):
         value = values.get(name, FIELDS[name].default)
         # A questionnaire is a path only where it says so; otherwise it names a shipped one.
         if value is not None and (name != "questionnaire" or str(value).endswith((".yaml", ".yml"))):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vlmfilm_plugin.settings.junctions import JunctionGating
-from vlmfilm_plugin.settings.parsing import setting
+from vlmfilm_plugin.settings.parsing import CONTROLS, setting
 
 DEFAULT_PROMPT = "Describe the vessels in this angiography image: contrast, thickness, branching and background."
 
@@ -20,7 +20,13 @@ ALIASES = {
 
 # The literal defaults of the soft-seg port where ours differ.
 PRESETS: Mapping[str, Mapping[str, object]] = {
-    "soft-seg": {"batch_strategy": "first", "reuse_policy": "step_interval", "update_interval_steps_train": 100, "update_interval_steps_eval": 1}
+    "soft-seg": {
+        "batch_strategy": "first",
+        "reuse_policy": "step_interval",
+        "update_interval_steps_train": 100,
+        "update_interval_steps_eval": 1,
+        "film_debug_lines": "full",
+    }
 }
 
 
@@ -63,7 +69,8 @@ class Settings:
     mem_cache_size: int = setting(16384, "int", low=0)
     on_missing_feature: str = setting("encode", "str", choices=("encode", "error"))
     accept_narrow_range: bool = setting(False, "bool")
-    feature_control: str = setting("none", "str", choices=("none", "constant"))
+    feature_control: str = setting("none", "str", choices=("none", *CONTROLS))
+    feature_control_seed: int = setting(0, "int", low=0)
     feature_transform: tuple[str, ...] = setting(("center",), "transform")
     unnamed_rows: str = setting("error", "str", choices=("error", "content"))
     # which feature conditions which row
@@ -96,6 +103,8 @@ class Settings:
     verbose_debug: bool = setting(False, "bool")
     log_every_n_steps: int = setting(200, "int", low=1)
     film_debug_enabled: bool = setting(True, "bool")
+    film_debug_lines: str = setting("short", "str", choices=("short", "full", "off"))
+    film_stats_dir: str | None = setting(None, "path", optional=True)
     film_log_every_n_steps_train: int = setting(100, "int", low=1)
     film_log_every_n_steps_val: int = setting(20, "int", low=1)
     vlm_response_debug_enabled: bool = setting(False, "bool")

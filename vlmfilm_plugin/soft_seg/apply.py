@@ -57,6 +57,8 @@ def apply_vlm_film(
         reads the device when called; on a logged call also every field of the line. (x, None) where no FiLM applies. The device is
         read on logged calls alone.
 
+    In a training `[FILM-WARN]` says when gamma and beta have become the same for every image.
+
     Raises:
         ConditionError: cond_vec's rows are not x's rows; `_dbg` without a step; a gate that does not fit; `shuffle` with one image.
         FeatureError: wrong widths. SettingsError: a wrong mode.
@@ -77,6 +79,8 @@ def apply_vlm_film(
     permutation: list[int] | None = None
     if mode == "shuffle":
         cond_vec, permutation = _shuffled(cond_vec, vlm_cond, call, seed, state)
+    elif mode == "on":
+        state.watch.see(call, cond_vec, _heads_by_stage(vlm_film_heads, module), stage_idx)
     gate: Tensor | None = None
     if mode == "off":
         gamma, beta = identity_for(x)
@@ -110,8 +114,7 @@ def apply_vlm_film(
 def _head_of(heads: nn.ModuleList | None, stage_idx: int, module: Any) -> nn.Module | None:
     if heads is None:
         return None
-    stages = getattr(module, "vlm_film_decoder_stages", None)
-    order = sorted(set(stages)) if stages is not None else list(range(len(heads)))
+    order = _stages_of(heads, module)
     if stage_idx not in order:
         return None
     if len(order) != len(heads):
@@ -121,6 +124,15 @@ def _head_of(heads: nn.ModuleList | None, stage_idx: int, module: Any) -> nn.Mod
             "correct `vlm_film_decoder_stages`",
         )
     return heads[order.index(stage_idx)]
+
+
+def _stages_of(heads: nn.ModuleList, module: Any) -> list[int]:
+    stages = getattr(module, "vlm_film_decoder_stages", None)
+    return sorted(set(stages)) if stages is not None else list(range(len(heads)))
+
+
+def _heads_by_stage(heads: nn.ModuleList | None, module: Any) -> dict[int | str, nn.Module]:
+    return {} if heads is None else dict(zip(_stages_of(heads, module), heads, strict=True))
 
 
 def _shuffled(cond_vec: Tensor, vlm_cond: Any, call: Call, seed: int | None, state: ModelState) -> tuple[Tensor, list[int]]:

@@ -65,8 +65,7 @@ class Call:
         Raises:
             ConditionError: the keys are not one a row.
         """
-        fields = self.debug or {}
-        keys = fields.get("keys") if fields.get("images") is None else fields["images"]
+        keys = self._told_keys()
         if keys is None:
             return [f"row {row}" for row in range(rows)]
         if not isinstance(keys, list | tuple) or len(keys) != rows:
@@ -77,6 +76,15 @@ class Call:
                 "repeat or select `_dbg['keys']` as the rows of cond_vec are",
             )
         return [str(key) for key in keys]
+
+    def keys(self, rows: int) -> list[str] | None:
+        """Return what tells the images of the rows apart, where their keys are known and are one a row."""
+        keys = self._told_keys()
+        return [str(key) for key in keys] if isinstance(keys, list | tuple) and len(keys) == rows else None
+
+    def _told_keys(self) -> object:
+        fields = self.debug or {}
+        return fields.get("keys") if fields.get("images") is None else fields["images"]
 
 
 def _first_step(debug: Mapping[str, Any] | None, candidates: Sequence[object]) -> int | None:

@@ -12,6 +12,7 @@ from vlmfilm_plugin.run.log_lines import ModelLines
 from vlmfilm_plugin.settings.layers import layers_of, resolve
 from vlmfilm_plugin.settings.mode import PREFIX
 from vlmfilm_plugin.soft_seg.call import Call
+from vlmfilm_plugin.soft_seg.watching import Watch
 
 _ATTRIBUTE = "_vlmfilm_lines"
 
@@ -24,6 +25,7 @@ class ModelState:
 
     def __init__(self) -> None:
         self.lines = ModelLines()
+        self.watch = Watch()
         self._validation_calls = 0
         self._was_training = True
         self._validations = 0
