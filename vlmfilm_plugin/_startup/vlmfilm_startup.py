@@ -11,7 +11,10 @@ MODE = "VLM_FILM_MODE"
 PREFIX = "VLM_FILM_"
 INSPECT = "VLM_FILM_INSPECT"
 # Variables that are no settings: of a run, of the encoders, and of the tests.
-OTHERS = (MODE, "VLM_FILM_CONFIG", "VLM_FILM_HOSTS", "VLM_FILM_STRICT", INSPECT, "VLM_FORCE_NO_ACCELERATE", "VLMFILM_HOST_REPO", "VLMFILM_PORT_REPO")
+OTHERS = (
+    *(MODE, "VLM_FILM_CONFIG", "VLM_FILM_HOSTS", "VLM_FILM_STRICT", INSPECT, "VLM_FORCE_NO_ACCELERATE"),
+    *("VLMFILM_HOST_REPO", "VLMFILM_PORT_REPO", "VLMFILM_MEDSEGDIFF_REPO", "VLMFILM_SOFT_SEG_REPO"),
+)
 # Files of the package that list the settings, one at the start of a line each.
 _LISTS = (("settings", "record.py"), ("settings", "port_names.py"))
 # Closer than this to the mode's own name, whatever it begins with, is a slip of the finger: VML_FILM_MODE.
