@@ -17,9 +17,9 @@ import pytest
 import torch
 from small_unet import randomise
 from torch import Tensor, nn
-from vlmfilm_plugin.run.alarm import ConditionAlarm
 
 from vlmfilm_plugin import FilmHandle, HostError, SettingsError, TargetMatchError, VlmFilmError, attach, to_port_layout
+from vlmfilm_plugin.film.alarm import Advice, ConditionAlarm
 from vlmfilm_plugin.run.log_fields import StepFacts
 from vlmfilm_plugin.run.log_lines import Diagnostics, StageRecorder
 
@@ -177,15 +177,16 @@ def test_the_ports_layout_has_one_head_a_stage() -> None:
 
 
 def test_the_alarm_and_the_log_lines_tell_blocks_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    handle = attach(Net(), **STATED, **SMALL)
+    handle = attach(Net(), **STATED, **SMALL, film_debug_lines="full")
     with torch.no_grad():
         for head in handle.film.all_heads():
             head.mlp[2].bias.fill_(1.0)
         handle.film.head(1).mlp[2].weight.normal_()
-    alarm = ConditionAlarm(handle.settings)
+    alarm = ConditionAlarm.of(handle.settings)
     alarm.collect(["a", "b"], torch.randn(2, FEATURES))
-    verdicts = alarm.read(handle.film, 1)
-    assert {key for key, verdict in verdicts.items() if verdict.is_dead} == {"0.0", 1, "2.0", "2.1", "2.2"} and len(verdicts) == 6
+    assert alarm.is_due(0)
+    verdicts = alarm.read(handle.film, Advice.of(handle.film, "`feature_transform: center`"))
+    assert {key for key, verdict in verdicts.items() if verdict.is_same} == {"0.0", 1, "2.0", "2.1", "2.2"} and len(verdicts) == 6
     assert "at stages 0.0, 1, 2.0, 2.1, 2.2 (it does reach stage 0.1)" in capsys.readouterr().out
     recorder = StageRecorder(Diagnostics(handle.settings), StepFacts("train", 0, 0, 0, 2, "on", "post_block2", "image"), verdicts)
     x, gamma = torch.randn(2, 4, 3, 3), torch.ones(2, 4, 1, 1)
