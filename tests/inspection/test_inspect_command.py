@@ -114,6 +114,14 @@ def test_the_adapter_of_an_unknown_repo_trains_at_once_and_off_is_plain_to_the_b
     assert any(".heads.1." in name for name in weights["on"])
 
 
+def test_a_class_of_the_script_itself_gets_no_host_adapter_that_would_wait_for_ever(repo: Path) -> None:
+    (repo / "train.py").write_text(NET + SCRIPT.replace("from net import Net\n", ""))
+    done = _run(repo, "-m", "vlmfilm_plugin", "inspect", "-o", "host.py", "--", sys.executable, "train.py")
+    assert done.returncode == 1
+    assert "Net is defined in the script itself" in done.stderr
+    assert not (repo / "host.py").exists()
+
+
 def test_json_of_a_factory_has_the_documented_shape_and_repeats(repo: Path) -> None:
     command = ("-m", "vlmfilm_plugin", "inspect", "net:Net", "--input", "1,1,32,32", "--json")
     first, second = _run(repo, *command), _run(repo, *command)

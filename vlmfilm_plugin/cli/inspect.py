@@ -100,9 +100,8 @@ def _show(content: dict[str, Any], arguments: argparse.Namespace) -> int:
         return 0
     from vlmfilm_plugin.inspection.starter import placed
 
-    refusal = content["unets"][0]["refusal"] or content.get("no_adapter", "")
-    if refusal:
-        print(f"vlmfilm inspect: no host adapter was written: {refusal}", file=sys.stderr)
+    if not adapter:
+        print(f"vlmfilm inspect: no host adapter was written: {content['no_adapter']}", file=sys.stderr)
         return 1
     with new_file(arguments.output, _WHAT, error=SettingsError) as file:
         file.write(placed(adapter, script, _here(arguments.output)).encode())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vlmfilm_plugin.errors import HostError, SettingsError
 from vlmfilm_plugin.inspection.look import inspect
 from vlmfilm_plugin.inspection.sighting import NONE, Facts, Sighting
-from vlmfilm_plugin.inspection.starter import adapter_text, refuse_script
+from vlmfilm_plugin.inspection.starter import adapter_for
 
 _INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>[1-9]\d*(?:,[1-9]\d*)*)?(?::(?P<type>\w+))?")
 _TYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "uint8", "bool")
@@ -31,17 +31,8 @@ def look_at(target: str, inputs: list[str]) -> dict[str, Any]:
     args, named = _arguments(inputs)
     unet = _built(target)
     found = inspect(unet, *args, **named)
-    content: dict[str, Any] = found.as_json()
-    seen = found.unets[0]
-    try:
-        refuse_script(seen)
-    except HostError as error:
-        content["no_adapter"] = f"{error.headline}: {error.facts['found']}"
-        return content
     why = "no script ran: say it by `steps` here, or write `with vlmfilm_plugin.running_batch({'image': images}, phase='train'):` around the step"
-    facts = Facts(rows=NONE, why=why)
-    content["adapter"] = adapter_text(Sighting(seen, type(unet), facts))
-    return content
+    return found.as_json() | adapter_for(Sighting(found.unets[0], type(unet), Facts(rows=NONE, why=why)))
 
 
 def _built(target: str) -> nn.Module:

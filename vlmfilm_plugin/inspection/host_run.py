@@ -30,7 +30,7 @@ from vlmfilm_plugin.inspection.decoder import Decoder, find_decoder, unet_around
 from vlmfilm_plugin.inspection.look import nothing_found, seen_unet
 from vlmfilm_plugin.inspection.report import Inspection
 from vlmfilm_plugin.inspection.sighting import Sighting, facts_of
-from vlmfilm_plugin.inspection.starter import adapter_text
+from vlmfilm_plugin.inspection.starter import adapter_for
 from vlmfilm_plugin.rows.ledger import Ledger
 from vlmfilm_plugin.rows.loaders import watch_loaders
 
@@ -130,10 +130,7 @@ class HostRun:
     def _finish(self, sighting: Sighting) -> None:
         seen, facts = sighting.unet, sighting.facts
         facts.optimizers, facts.files = self._optimizers, self._files
-        content = Inspection((seen,)).as_json()
-        content["run"] = facts.as_json()
-        content["adapter"] = "" if seen.refusal else adapter_text(sighting)
-        self._write(self._result, content)
+        self._write(self._result, Inspection((seen,)).as_json() | {"run": facts.as_json()} | adapter_for(sighting))
         _end()
 
     def _nothing(self, when: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from textwrap import indent
 
-from vlmfilm_plugin.errors import HostError
 from vlmfilm_plugin.inspection.batches import window_text
 from vlmfilm_plugin.inspection.callers import lightning_steps
 from vlmfilm_plugin.inspection.report import SeenUNet, size_text
@@ -60,17 +59,19 @@ def in_call(arguments: Mapping[str, Any], name: str, place: int) -> Any:
 '''
 
 
-def refuse_script(unet: SeenUNet) -> None:
-    """Refuse a UNet whose class only the script has.
+def adapter_for(sighting: Sighting) -> dict[str, str]:
+    """Return the text of the host adapter as `adapter`, or, as `no_adapter`, why there is none."""
+    why = sighting.unet.refusal or _unreachable(sighting.unet)
+    return {"no_adapter": why} if why else {"adapter": adapter_text(sighting)}
 
-    Raises:
-        HostError: its class is in the script itself.
-    """
+
+def _unreachable(unet: SeenUNet) -> str:
+    """Return why a host adapter could not wait for the class of a UNet; empty where it could."""
     module, _, name = unet.cls.partition(":")
-    if module == SCRIPT or "<locals>" in name:
-        facts = {"class": name, "found": "it is defined in the script itself" if module == SCRIPT else "it is defined inside a function"}
-        fix = "move the class into a module beside the script, and import it"
-        raise HostError("cannot write a host adapter: nothing is imported that it could wait for", facts, fix)
+    if module != SCRIPT and "<locals>" not in name:
+        return ""
+    where = "in the script itself" if module == SCRIPT else "inside a function"
+    return f"{name} is defined {where}, and nothing is imported that a host adapter could wait for: move the class into a module, and import it"
 
 
 def adapter_text(sighting: Sighting) -> str:
