@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -65,7 +65,7 @@ class LibraryUNets:
         """Tell whether a FiLM module counts: one of a library's UNet does where that UNet trains; all others do."""
         for unet in list(self._attached):
             if getattr(unet, "vlm_film", None) is film:
-                return self._attached[unet] or self._trains(unet)
+                return self._attached[unet] or _trains(unet, _held_by_optimizers())
         return True
 
     def _built(self, spec: UNet, unet: Any) -> None:
@@ -98,10 +98,14 @@ class LibraryUNets:
             self._attached[unet] = True
         if unet not in self._undecided:
             return
-        if _was_loaded(unet) or self._trains(unet):
+        others = [other for other in self._attached if other is not unet]
+        if not others and not torch.is_grad_enabled():
+            return  # Nothing to tell it from, in a sampler's every forward.
+        held = _held_by_optimizers()
+        if _is_meant(unet, held):
             self._undecided.discard(unet)
             return
-        meant = [other for other in self._attached if other is not unet and (_was_loaded(other) or self._trains(other))]
+        meant = [other for other in others if _is_meant(other, held)]
         if meant:
             self._undecided.discard(unet)
             del self._attached[unet]
@@ -114,12 +118,6 @@ class LibraryUNets:
 
     def _has_film(self) -> bool:
         return len(self._attached) > 0 and self._runtime().mode != "off"
-
-    def _trains(self, unet: Any) -> bool:
-        from vlmfilm_plugin.run.training_check import living_optimizers
-
-        own = {id(parameter) for parameter in unet.parameters() if parameter.requires_grad}
-        return any(id(parameter) in own for each in living_optimizers() for group in each.param_groups for parameter in group["params"])
 
     def _watch_loading(self, cls: Any) -> Undo:
         """Have a class method that builds without weights build with them: what is not in the file, FiLM, would stay without any."""
@@ -166,8 +164,20 @@ def _one_image_at_a_time(function: Callable[..., Any], has_film: Callable[[], bo
     return windows
 
 
-def _was_loaded(unet: Any) -> bool:
-    return bool(unet.vlm_film.was_loaded)
+def _is_meant(unet: Any, held: Set[int]) -> bool:
+    """Tell whether FiLM is for this UNet: it was loaded into it, or it trains."""
+    return bool(unet.vlm_film.was_loaded) or _trains(unet, held)
+
+
+def _trains(unet: Any, held: Set[int]) -> bool:
+    return any(id(parameter) in held for parameter in unet.parameters() if parameter.requires_grad)
+
+
+def _held_by_optimizers() -> Set[int]:
+    """Return the ids of the parameters that optimizers hold; looks at every object of the process."""
+    from vlmfilm_plugin.run.training_check import living_optimizers
+
+    return {id(parameter) for each in living_optimizers() for group in each.param_groups for parameter in group["params"]}
 
 
 class _Decide:
