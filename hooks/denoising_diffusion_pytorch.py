@@ -8,7 +8,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from vlmfilm_plugin.host_spec import HostSpec, UNet, has_arguments, hookimpl, own_class
+from vlmfilm_plugin.host_spec import HostSpec, UNet, has_arguments, hookimpl, one_each, own_class
 
 NAME = "denoising-diffusion-pytorch"
 TARGETS = {"post_block2": "ups.*.1", "post_block1": "ups.*.0"}
@@ -30,4 +30,4 @@ def vlmfilm_host(module: ModuleType) -> HostSpec | None:
 
 def stages_of(unet: Any) -> list[str]:
     """Return the stages of the decoder, bottleneck first: all but the last upsample behind their blocks."""
-    return [f"ups.{index}" for index in range(len(unet.ups))]
+    return one_each("ups", unet.ups)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from vlmfilm_plugin.host_spec import HostSpec, UNet, has_arguments, hookimpl, own_class
+from vlmfilm_plugin.host_spec import HostSpec, UNet, by_resolution, has_arguments, hookimpl, one_each, own_class
 
 NAME = "diffusers"
 
@@ -26,13 +26,8 @@ def vlmfilm_host(module: ModuleType) -> HostSpec | None:
 
 def stages_of(unet: Any) -> list[list[str]]:
     """Return the up blocks of each resolution, bottleneck first: an up block upsamples behind its ResNet blocks, or not at all."""
-    stages: list[list[str]] = [[]]
-    for number, block in enumerate(unet.up_blocks):
-        stages[-1].append(f"up_blocks.{number}")
-        upsamples = getattr(block, "upsamplers", None) or getattr(block, "resnet_up", None)
-        if upsamples is not None and number + 1 < len(unet.up_blocks):
-            stages.append([])
-    return stages
+    ends = [(getattr(block, "upsamplers", None) or getattr(block, "resnet_up", None)) is not None for block in unet.up_blocks]
+    return by_resolution(one_each("up_blocks", unet.up_blocks), [True, *ends[:-1]])
 
 
 def channels_of(block: Any) -> int:

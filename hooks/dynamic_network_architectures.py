@@ -6,7 +6,7 @@ import math
 from types import ModuleType
 from typing import Any
 
-from vlmfilm_plugin.host_spec import HostSpec, UNet, has_arguments, hookimpl, own_class
+from vlmfilm_plugin.host_spec import HostSpec, UNet, by_resolution, has_arguments, hookimpl, one_each, own_class
 
 NAME = "nnU-Net's dynamic_network_architectures"
 
@@ -27,12 +27,8 @@ def vlmfilm_host(module: ModuleType) -> HostSpec | None:
 
 def stages_of(unet: Any) -> list[list[str]]:
     """Return the blocks of the decoder by resolution: one whose transposed convolution has stride 1 stays at that of the one before."""
-    stages: list[list[str]] = []
-    for number, upsample in enumerate(unet.decoder.transpconvs):
-        if not stages or math.prod(upsample.stride) > 1:
-            stages.append([])
-        stages[-1].append(f"decoder.stages.{number}")
-    return stages
+    upsamples = unet.decoder.transpconvs
+    return by_resolution(one_each("decoder.stages", upsamples), (math.prod(upsample.stride) > 1 for upsample in upsamples))
 
 
 def channels_of(block: Any) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from vlmfilm_plugin.host_spec import HostSpec, Steps, UNet, hookimpl
+from vlmfilm_plugin.host_spec import HostSpec, Steps, UNet, hookimpl, one_each
 
 NAME = "med-seg-diff-pytorch"
 TARGETS = {"post_block2": "ups.*.1", "post_block1": "ups.*.0"}
@@ -32,7 +32,7 @@ def vlmfilm_host(module: ModuleType) -> HostSpec | None:
 
 def stages_of(unet: Any) -> list[str]:
     """Return the stages of the decoder, bottleneck first: each has a resolution of its own."""
-    return [f"ups.{index}" for index in range(len(unet.ups))]
+    return one_each("ups", unet.ups)
 
 
 def phase_of_loss(diffusion: Any) -> str:

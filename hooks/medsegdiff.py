@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from vlmfilm_plugin.errors import HostError
-from vlmfilm_plugin.host_spec import HostSpec, Listing, SourceImage, Steps, UNet, has_arguments, hookimpl, own_class
+from vlmfilm_plugin.host_spec import HostSpec, Listing, SourceImage, Steps, UNet, by_resolution, has_arguments, hookimpl, one_each, own_class
 
 NAME = "MedSegDiff"
 TARGETS = {"post_block2": "output_blocks.*.0"}
@@ -93,12 +93,8 @@ def channels_of(block: Any) -> int:
 
 def stages_of(unet: Any) -> list[list[str]]:
     """Return the blocks of each resolution, bottleneck first: the last one of a resolution upsamples behind its first layer."""
-    stages: list[list[str]] = [[]]
-    for number, block in enumerate(unet.output_blocks):
-        stages[-1].append(f"output_blocks.{number}")
-        if any("Upsample" in type(layer).__name__ for layer in block.modules()) and number + 1 < len(unet.output_blocks):
-            stages.append([])
-    return stages
+    ends = [any("Upsample" in type(layer).__name__ for layer in block.modules()) for block in unet.output_blocks]
+    return by_resolution(one_each("output_blocks", unet.output_blocks), [True, *ends[:-1]])
 
 
 def loaded_for_loss(arguments: Mapping[str, Any]) -> Any:

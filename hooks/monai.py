@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-from vlmfilm_plugin.host_spec import HostSpec, UNet, hookimpl, own_class
+from vlmfilm_plugin.host_spec import HostSpec, UNet, by_resolution, hookimpl, one_each, own_class
 
 NAME = "MONAI"
 
@@ -32,7 +32,7 @@ def vlmfilm_host(module: ModuleType) -> HostSpec | None:
 
 def diffusion_stages(unet: Any) -> list[str]:
     """Return the up blocks of DiffusionModelUNet: each but the last upsamples behind its ResNet blocks."""
-    return [f"up_blocks.{number}" for number in range(len(unet.up_blocks))]
+    return one_each("up_blocks", unet.up_blocks)
 
 
 def basic_stages(unet: Any) -> list[str]:
@@ -52,13 +52,12 @@ def unetr_stages(unet: Any) -> list[str]:
 
 def dynamic_stages(unet: Any) -> list[list[str]]:
     """Return the blocks of DynUNet by resolution: one whose transposed convolution has stride 1 stays at that of the one before."""
-    paths = [f"upsamples.{number}" for number in range(len(unet.upsamples))]
-    return by_resolution(paths, [block.transp_conv.conv.stride for block in unet.upsamples])
+    return by_resolution(one_each("upsamples", unet.upsamples), (upsamples(block.transp_conv.conv.stride) for block in unet.upsamples))
 
 
 def segresnet_stages(unet: Any) -> list[str]:
     """Return the groups of ResBlocks of SegResNet: each follows an upsampling."""
-    return [f"up_layers.{number}" for number in range(len(unet.up_layers))]
+    return one_each("up_layers", unet.up_layers)
 
 
 def nested_blocks(unet: Any) -> list[str]:
@@ -68,7 +67,7 @@ def nested_blocks(unet: Any) -> list[str]:
 
 def nested_stages(unet: Any) -> list[list[str]]:
     """Return the upsampling layers of UNet by resolution."""
-    return by_resolution(nested_blocks(unet), [stride for _, stride in _nested(unet)])
+    return by_resolution(nested_blocks(unet), (upsamples(stride) for _, stride in _nested(unet)))
 
 
 def _nested(unet: Any) -> list[tuple[str, Any]]:
@@ -81,14 +80,9 @@ def _nested(unet: Any) -> list[tuple[str, Any]]:
     return found[:0:-1]
 
 
-def by_resolution(paths: Sequence[str], strides: Iterable[int | Sequence[int]]) -> list[list[str]]:
-    """Group blocks in order of execution: a block begins a stage where it upsamples, by its stride."""
-    stages: list[list[str]] = []
-    for path, stride in zip(paths, strides, strict=True):
-        if not stages or math.prod((stride,) if isinstance(stride, int) else stride) > 1:
-            stages.append([])
-        stages[-1].append(path)
-    return stages
+def upsamples(stride: int | Sequence[int]) -> bool:
+    """Tell whether a block of this stride upsamples, and so begins a stage."""
+    return math.prod((stride,) if isinstance(stride, int) else stride) > 1
 
 
 def resnet_channels(block: Any) -> int:

@@ -26,6 +26,7 @@ from vlmfilm_plugin.host_spec import (
     UNet,
     has_arguments,
     hookimpl,
+    one_each,
     own_class,
     rows_seen_before,
 )
@@ -138,7 +139,7 @@ def _datasets(module: ModuleType) -> HostSpec | None:
 
 def stages_of(unet: Any) -> list[str]:
     """Return the stages of the decoder, bottleneck first: each has a resolution of its own."""
-    return [f"ups.{index}" for index in range(len(unet.ups))]
+    return one_each("ups", unet.ups)
 
 
 def own_film_of_model(arguments: Mapping[str, Any]) -> str | None:

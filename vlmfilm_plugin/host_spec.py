@@ -7,7 +7,7 @@ no torch and cannot forget to undo, to keep a signature, or to fail closed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -79,6 +79,21 @@ def has_arguments(cls: Any, method: str, names: set[str]) -> bool:
     """Tell whether a class has a method with arguments of these names."""
     function = getattr(cls, method, None)
     return function is not None and names <= set(inspect.signature(function).parameters)
+
+
+def by_resolution(paths: Sequence[str], begins: Iterable[bool]) -> list[list[str]]:
+    """Group blocks in order of execution, as `UNet.stages` wants them: one begins a stage where `begins` says that it has another resolution."""
+    stages: list[list[str]] = []
+    for path, is_new in zip(paths, begins, strict=True):
+        if is_new or not stages:
+            stages.append([])
+        stages[-1].append(path)
+    return stages
+
+
+def one_each(container: str, blocks: Sized) -> list[str]:
+    """Return the stages of a decoder whose every part in a list of modules has a resolution of its own: `ups.0`, `ups.1`, ..."""
+    return [f"{container}.{number}" for number in range(len(blocks))]
 
 
 def first_argument(arguments: Mapping[str, Any]) -> Any:
