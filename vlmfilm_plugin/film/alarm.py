@@ -14,14 +14,14 @@ Notes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from vlmfilm_plugin.film.kept import evaluating
 from vlmfilm_plugin.film.module import FilmModule
 from vlmfilm_plugin.film.statistics import differing_energy
 from vlmfilm_plugin.film.verdict import LASTING, NUMBERS, StageVerdict, numbers_of, verdict_of
@@ -122,15 +122,18 @@ class ConditionAlarm:
 
     @property
     def _asks_heads(self) -> bool:
-        return self._steps in READ_AT or (self._every is not None and self.step % self._every == 0)
+        # Whoever counts no steps writes no line of the first one, at which no head has moved.
+        count = self._last if isinstance(self._last, int) else self._steps
+        return self._steps in READ_AT or (self._every is not None and count % self._every == 0)
 
     def read(self, film: FilmModule, advice: Advice) -> dict[int | str, StageVerdict]:
         """Ask the heads, and write what there is to say; return the verdict of each stage, nothing where it cannot be known.
 
         Call it where a step is due, inside a forward of the UNet.
         """
+        # A head of someone's own need not be as it is in evaluation: a run that is watched is the run that is not.
         stages = {stage.key: cast(nn.Module, film.head(place)) for place, stage in enumerate(film.architecture.stages)}
-        with _evaluating([film]):
+        with evaluating(film):
             return self.ask(stages, film.project, advice, next(film.parameters()).device)
 
     def ask(
@@ -141,7 +144,7 @@ class ConditionAlarm:
         if not kept:
             return {}
         asked = dict(heads) if self._asks_heads else {}
-        with torch.no_grad(), _evaluating(heads.values()):
+        with torch.no_grad(), evaluating(*heads.values()):
             rows = torch.stack(kept)
             if not self._has_keys:
                 rows = torch.unique(rows, dim=0)
@@ -194,19 +197,6 @@ class ConditionAlarm:
             f"different images (their spread between images is {spread:.1g} of their distance from the identity, and {100 * energy:.2g} % of the "
             f"condition vectors' energy differs).{cause} The loss may fall all the same. {advice.text(has_bounds=bool(shares))}"
         )
-
-
-@contextmanager
-def _evaluating(watched: Iterable[nn.Module]) -> Iterator[None]:
-    """Let a head of someone's own neither draw random numbers nor count: a run that is watched is the run that is not."""
-    training = [module for root in watched for module in root.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _named(stages: frozenset[int | str]) -> str:

@@ -67,14 +67,15 @@ def head_names(stages: Sequence[Stage]) -> list[tuple[int, int | None]]:
     return [(places[stage.index], stage.block) for stage in stages]
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
+    """Tell whether a value is a whole number >= 1."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _is_stage(value: object) -> bool:
     if not isinstance(value, Mapping) or set(value) - {"block"} != {"index", "path", "channels"}:
         return False
-    return isinstance(value["path"], str) and _is_count(value["channels"]) and _is_place(value["index"]) and _is_place(value.get("block", 0))
+    return isinstance(value["path"], str) and is_count(value["channels"]) and _is_place(value["index"]) and _is_place(value.get("block", 0))
 
 
 def _is_place(value: object) -> bool:
@@ -100,7 +101,7 @@ def _says(expected: str, is_valid: Callable[[Any], bool], setting: str | None = 
     return {"expected": expected, "is_valid": is_valid, "setting": setting, "is_encoders": is_encoders}
 
 
-_COUNT = "a whole number >= 1", _is_count
+_COUNT = "a whole number >= 1", is_count
 _BOUND = "a number >= 0, or null", _is_bound
 _FLAG = "true or false", lambda value: isinstance(value, bool)
 _TEXT = "text", lambda value: isinstance(value, str)
@@ -182,12 +183,12 @@ def read_description(content: object) -> Mapping[str, Any]:
         CheckpointError: a format that this version cannot read, an unknown field, a missing one, or a value that no version writes.
     """
     number: Any = content.get("format") if isinstance(content, Mapping) else None
-    if not isinstance(content, Mapping) or not _is_count(number):
+    if not isinstance(content, Mapping) or not is_count(number):
         found = type(content).__name__ if not isinstance(content, Mapping) else f"format {number!r}"
         raise _unusable({"found": found, "expected": f"format 1 to {FORMAT}"}, "load a checkpoint that this plugin wrote")
     description = dict(content)
     oldest = description.get("readable_by", number)
-    if number > FORMAT and not (_is_count(oldest) and oldest <= FORMAT):
+    if number > FORMAT and not (is_count(oldest) and oldest <= FORMAT):
         found = f"format {number}, for readers of format {oldest} or later"
         raise _unusable({"found": found, "expected": f"format 1 to {FORMAT}"}, "update vlmfilm-plugin: a later version wrote it")
     for step in range(number, FORMAT):

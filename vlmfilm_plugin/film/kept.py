@@ -49,13 +49,21 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Have a module evaluate, and give every part of it its own training flag back."""
-    training = [each for each in module.modules() if each.training]
+def evaluating(*watched: nn.Module) -> Iterator[None]:
+    """Have modules evaluate, so that none draws random numbers or counts, and give every part of them its own training flag back."""
+    training = [module for root in watched for module in root.modules() if module.training]
     try:
-        for each in training:
-            each.training = False
+        for module in training:
+            module.training = False
         yield
     finally:
-        for each in training:
-            each.training = True
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Let a module run for us alone: in evaluation, without gradients and the compiler; random streams, buffers and flags are then as before."""
+    devices = {tensor.device for tensor in [*module.parameters(), *module.buffers()]}
+    with torch.no_grad(), random_streams_kept(devices), buffers_kept(module), evaluating(module), torch.compiler.set_stance("force_eager"):
+        yield

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
-from vlmfilm_plugin.errors import TargetMatchError
+from vlmfilm_plugin.errors import TargetMatchError, some_of
 from vlmfilm_plugin.film.targets import is_inside, is_number, match_targets, natural, texts_of
 
 Groups = Sequence[Sequence[str]]
@@ -56,7 +57,7 @@ def grouped(paths: Sequence[str], groups: Groups, names: Sequence[str], *, owner
             matched = [path for path in paths if is_inside(path, pattern)]
             if not matched:
                 match_targets(names, pattern, owner=owner, what="stages", origin=origin)
-                facts = {f"stage {number}": f"{pattern!r}   (from {origin})", "targets": _some(paths)}
+                facts = {f"stage {number}": f"{pattern!r}   (from {origin})", "targets": some_of(paths, 6)}
                 raise TargetMatchError(f"a stated stage of {owner} holds no FiLM target", facts, "correct `stages`, or `targets`")
             stage.extend(_in_order([path for path in matched if path not in stage], f"stage {number}", owner, origin))
         found.append(stage)
@@ -69,7 +70,7 @@ def grouped(paths: Sequence[str], groups: Groups, names: Sequence[str], *, owner
             stage_of[path] = number
     rest = [path for path in paths if path not in stage_of]
     if rest:
-        facts = {"without a stage": _some(rest), "stages": f"{_written(groups)}   (from {origin})"}
+        facts = {"without a stage": some_of(rest, 6), "stages": f"{_written(groups)}   (from {origin})"}
         raise TargetMatchError(f"FiLM targets of {owner} are of no stated stage", facts, "add them to `stages`, or narrow `targets`")
     return found
 
@@ -87,7 +88,7 @@ def plainly_numbered(paths: Sequence[str], names: Sequence[str] = (), *, owner: 
         raise TargetMatchError(
             f"cannot tell the order of the decoder blocks of {owner} from their names",
             {
-                "targets": f"{_some(paths)}   (from {origin})",
+                "targets": f"{some_of(paths, 6)}   (from {origin})",
                 "expected": "paths that differ in one component, which counts 0, 1, 2, ... from the bottleneck",
             },
             "state `stages` (bottleneck first, one group a resolution, in order of execution), or attach with `example=`",
@@ -96,10 +97,20 @@ def plainly_numbered(paths: Sequence[str], names: Sequence[str] = (), *, owner: 
     if siblings:
         raise TargetMatchError(
             f"the FiLM targets of {owner} are blocks of one resolution only, by their names",
-            {"targets": f"{_some(paths)}   (from {origin})", "beside them": _some(siblings)},
+            {"targets": f"{some_of(paths, 6)}   (from {origin})", "beside them": some_of(siblings, 6)},
             "widen `targets` to the whole decoder, or state `stages`",
         )
     return [[path] for path in ordered]
+
+
+def by_size(sizes: Iterable[tuple[str, tuple[int, ...]]]) -> list[tuple[tuple[int, ...], list[str]]]:
+    """Return blocks, each with its spatial size, in order of execution, in runs of one size."""
+    return [(size, [path for path, _ in run]) for size, run in groupby(sizes, key=lambda each: each[1])]
+
+
+def sizes_text(groups: Sequence[tuple[tuple[int, ...], list[str]]]) -> str:
+    """Return such runs as a text: `16x16: ups.0.1; 32x32: ups.1.1`."""
+    return "; ".join(f"{'x'.join(map(str, size))}: {', '.join(paths)}" for size, paths in groups)
 
 
 def numbered(groups: Groups, blocks: str) -> list[Target]:
@@ -139,7 +150,7 @@ def _in_order(paths: Sequence[str], what: str, owner: str, origin: str) -> list[
     """Return the blocks that one pattern matched within a stage in order of execution."""
     place = _varying(paths)
     if len(paths) > 1 and (place is None or not all(is_number(path.split(".")[place]) for path in paths)):
-        facts = {what: f"{_some(paths)}   (from {origin})", "expected": "paths that differ in one component, which is a number"}
+        facts = {what: f"{some_of(paths, 6)}   (from {origin})", "expected": "paths that differ in one component, which is a number"}
         raise TargetMatchError(
             f"cannot tell the order of blocks in a stage of {owner} from their names", facts, "list them in `stages` in order of execution"
         )
@@ -169,10 +180,6 @@ def _siblings(paths: Sequence[str], place: int | None, names: Sequence[str]) -> 
         and other[spot] != first[spot]
         and other[:spot] + other[spot + 1 :] == first[:spot] + first[spot + 1 :]
     ]
-
-
-def _some(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:6]) + (f" and {len(paths) - 6} more" if len(paths) > 6 else "")
 
 
 def _written(groups: Groups) -> str:

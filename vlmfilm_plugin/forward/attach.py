@@ -15,7 +15,7 @@ from torch import nn
 
 from vlmfilm_plugin.encoders.registry import build_encoder
 from vlmfilm_plugin.errors import HostError, SettingsError
-from vlmfilm_plugin.film.architecture import Architecture, decided_by
+from vlmfilm_plugin.film.architecture import Architecture, decided_by, is_count
 from vlmfilm_plugin.film.feature_control import set_seed
 from vlmfilm_plugin.film.freezing import freeze_host
 from vlmfilm_plugin.film.heads import check_head
@@ -136,7 +136,7 @@ def install(
     """
     spec = UNet(cls=type(unet), targets=DEFAULT_TARGETS, condition=None, masks=BY_HAND) if spec is None else spec
     owner = type(unet).__name__
-    if feature_dim is not None and (not isinstance(feature_dim, int) or isinstance(feature_dim, bool) or feature_dim < 1):
+    if feature_dim is not None and not is_count(feature_dim):
         raise SettingsError(
             f"cannot attach FiLM to {owner}: bad feature_dim", {"found": repr(feature_dim), "expected": "a whole number >= 1, or None"}, "correct it"
         )

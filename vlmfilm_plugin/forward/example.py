@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vlmfilm_plugin.errors import HostError, TargetMatchError
+from vlmfilm_plugin.film.kept import undisturbed
 from vlmfilm_plugin.film.layout import AXES, RANKS, Layout, convolutions_in, rank_of
+from vlmfilm_plugin.film.stage_order import by_size, sizes_text
 from vlmfilm_plugin.forward.axis_probe import AxisProbe
-from vlmfilm_plugin.forward.kept import buffers_kept, evaluating, random_streams_kept
 from vlmfilm_plugin.host_spec import UNet
 
 Example = Sequence[Any] | Mapping[str, Any] | Tensor
@@ -46,13 +45,9 @@ def outputs_of(unet: nn.Module, example: Example, blocks: Mapping[str, nn.Module
 
     args: Sequence[Any] = (example,) if isinstance(example, Tensor) else () if isinstance(example, Mapping) else example
     kwargs = example if isinstance(example, Mapping) else {}
-    devices = {tensor.device for tensor in [*unet.parameters(), *unet.buffers()]}
     handles = [module.register_forward_hook(watch(path)) for path, module in blocks.items()]
     try:
-        with ExitStack() as stack:
-            for kept in (torch.no_grad(), random_streams_kept(devices), buffers_kept(unet), evaluating(unet), probe.watching(blocks)):
-                stack.enter_context(kept)
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        with undisturbed(unet), probe.watching(blocks):
             unet(*args, **kwargs)
     except Exception as error:
         facts = {"error": f"{type(error).__name__}: {error}"}
@@ -73,12 +68,8 @@ def stages_by_size(sizes: Mapping[str, tuple[int, ...]], owner: str) -> list[lis
     Raises:
         TargetMatchError: sizes become smaller on the way, or are all the same.
     """
-    groups: list[tuple[tuple[int, ...], list[str]]] = []
-    for path, size in sizes.items():
-        if not groups or groups[-1][0] != size:
-            groups.append((size, []))
-        groups[-1][1].append(path)
-    written = {"ran": "; ".join(f"{'x'.join(map(str, size))}: {', '.join(paths)}" for size, paths in groups)}
+    groups = by_size(sizes.items())
+    written = {"ran": sizes_text(groups)}
     counts = [math.prod(size) for size, _ in groups]
     if any(before >= after for before, after in pairwise(counts)):
         raise TargetMatchError(f"the FiLM targets of {owner} are no decoder: sizes do not grow", written, "narrow `targets`, or state `stages`")

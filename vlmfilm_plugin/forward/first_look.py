@@ -10,6 +10,7 @@ from typing import Any
 from vlmfilm_plugin.errors import HostError
 from vlmfilm_plugin.film.architecture import Stage
 from vlmfilm_plugin.film.layout import Layout, kind_of
+from vlmfilm_plugin.film.stage_order import by_size, sizes_text
 from vlmfilm_plugin.forward.axis_probe import AxisProbe
 from vlmfilm_plugin.log import film_logger
 
@@ -113,14 +114,10 @@ class FirstLook:
             )
 
     def _wrong(self, what: str, kind: str) -> HostError:
-        groups: list[tuple[tuple[int, ...], list[str]]] = []
-        for head, size in self._sizes.items():
-            if not groups or groups[-1][0] != size:
-                groups.append((size, []))
-            groups[-1][1].append(self._stages[head].path)
+        groups = by_size((self._stages[head].path, size) for head, size in self._sizes.items())
         facts = {
             "attached": ", ".join(f"{stage.label} ({stage.path})" for stage in self._stages),
-            "ran": "; ".join(f"{'x'.join(map(str, size))}: {', '.join(paths)}" for size, paths in groups),
+            "ran": sizes_text(groups),
             "taken from": "what was stated" if self._is_stated else "the numbers in the paths",
         }
         if kind == "stages" and [math.prod(size) for size, _ in groups] == sorted({math.prod(size) for size, _ in groups}):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmfilm_plugin.errors import ConditionError
+from vlmfilm_plugin.film.kept import buffers_kept, random_streams_kept
 from vlmfilm_plugin.film.module import FilmModule
-from vlmfilm_plugin.forward.kept import buffers_kept, random_streams_kept
 from vlmfilm_plugin.forward.recompute import stacks
 from vlmfilm_plugin.host_spec import Masks
 

@@ -17,6 +17,7 @@ from vlmfilm_plugin.errors import ConditionError, HostError, SettingsError
 from vlmfilm_plugin.film.architecture import Stage
 from vlmfilm_plugin.film.freezing import refuse_unfrozen
 from vlmfilm_plugin.film.heads import Head
+from vlmfilm_plugin.film.kept import buffers_kept, random_streams_kept
 from vlmfilm_plugin.film.layers import identity_for
 from vlmfilm_plugin.film.layout import Layout
 from vlmfilm_plugin.film.module import ATTRIBUTE, FilmModule
@@ -25,7 +26,6 @@ from vlmfilm_plugin.forward.axis_probe import AxisProbe
 from vlmfilm_plugin.forward.context import ForwardContext
 from vlmfilm_plugin.forward.first_look import FirstLook
 from vlmfilm_plugin.forward.first_pass import ForwardMasks
-from vlmfilm_plugin.forward.kept import buffers_kept, random_streams_kept
 from vlmfilm_plugin.forward.plan import Selection, modules_in
 from vlmfilm_plugin.forward.recompute import NO_TASK, graph_task, stacks
 from vlmfilm_plugin.forward.traced import refuse_tracer

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import nn
 
 from vlmfilm_plugin.errors import HostError, SettingsError, TargetMatchError
-from vlmfilm_plugin.film.architecture import Stage
+from vlmfilm_plugin.film.architecture import Stage, is_count
 from vlmfilm_plugin.film.layout import AXES, RANKS, Layout, convolutions_in, rank_of
 from vlmfilm_plugin.film.module import MARKER
 from vlmfilm_plugin.film.stage_order import Groups, Target, grouped, numbered, plainly_numbered, select_stages, stated_groups
@@ -113,7 +113,7 @@ def _check_statements(spec: UNet, owner: str) -> None:
         facts["blocks"] = f"{spec.blocks!r}, expected one of {', '.join(BLOCKS)}"
     if isinstance(spec.output, bool) or not isinstance(spec.output, int | str | None):
         facts["output"] = f"{spec.output!r}, expected an index, a name, or None"
-    if not (spec.channels is None or callable(spec.channels) or isinstance(spec.channels, Mapping) or _is_count(spec.channels)):
+    if not (spec.channels is None or callable(spec.channels) or isinstance(spec.channels, Mapping) or is_count(spec.channels)):
         facts["channels"] = f"{spec.channels!r}, expected a whole number >= 1, a mapping of paths, or a function of the block"
     if facts:
         raise HostError(f"cannot attach FiLM to {owner}: its record `UNet` is wrong", facts, "correct these fields")
@@ -168,7 +168,7 @@ def _channels(block: nn.Module, path: str, spec: UNet, seen: int | None) -> int:
         value: Any = next(iter(found)) if len(found) == 1 else None
     else:
         value = stated(block) if callable(stated) else stated
-    if stated is not None and not _is_count(value):
+    if stated is not None and not is_count(value):
         facts = {"block": path, "found": f"{value!r} of {stated!r}", "expected": "a whole number >= 1"}
         raise HostError("cannot tell the channels of a block: what is stated is none", facts, "correct `channels`")
     if stated is None:
@@ -199,7 +199,3 @@ def output_channels(block: nn.Module, path: str = "") -> int:
 def _resnet_convolution(block: nn.Module) -> nn.Module | None:
     found = getattr(getattr(block, "block2", None), "proj", None)
     return found if isinstance(found, nn.Module) and found in convolutions_in(block) else None
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

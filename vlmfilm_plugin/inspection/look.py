@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vlmfilm_plugin.errors import HostError, some_of
-from vlmfilm_plugin.forward.kept import buffers_kept, evaluating, random_streams_kept
+from vlmfilm_plugin.film.kept import undisturbed
 from vlmfilm_plugin.inspection.blocks import blocks_in
 from vlmfilm_plugin.inspection.calls import Call, CallRecorder
 from vlmfilm_plugin.inspection.decoder import Decoder, find_decoder, unet_around
@@ -53,13 +51,8 @@ def call_of(unet: nn.Module, example: tuple[Any, ...], named: dict[str, Any]) ->
         HostError: the forward raised; its own error, and the shapes that it was given.
     """
     found: list[Call] = []
-    devices = {tensor.device for tensor in [*unet.parameters(), *unet.buffers()]}
     try:
-        with ExitStack() as stack:
-            for kept in (random_streams_kept(devices), buffers_kept(unet), evaluating(unet), torch.no_grad()):
-                stack.enter_context(kept)
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(CallRecorder(lambda module: module is unet and not found, lambda call, output: found.append(call)))
+        with undisturbed(unet), CallRecorder(lambda module: module is unet and not found, lambda call, output: found.append(call)):
             unet(*example, **named)
     except Exception as error:
         shapes = [_shown(value) for value in example] + [f"{name}={_shown(value)}" for name, value in named.items()]

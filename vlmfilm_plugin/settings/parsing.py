@@ -44,9 +44,9 @@ _KINDS = {
 
 TRANSFORM_STEPS = ("center", "standardize", "l2norm")
 WITH_STATISTICS = ("center", "standardize")
+"""Steps of `feature_transform` that need statistics of training images."""
 CONTROLS = ("constant", "random", "zero")
 """What may take the place of features, for runs that are trained without the condition."""
-"""Steps of `feature_transform` that need statistics of training images."""
 
 
 def describe(rules: Mapping[str, Any]) -> str:
