@@ -122,9 +122,7 @@ class ConditionAlarm:
 
     @property
     def _asks_heads(self) -> bool:
-        # Whoever counts no steps writes no line of the first one, at which no head has moved.
-        count = self._last if isinstance(self._last, int) else self._steps
-        return self._steps in READ_AT or (self._every is not None and count % self._every == 0)
+        return self._steps in READ_AT or (self._every is not None and self.step % self._every == 0)
 
     def read(self, film: FilmModule, advice: Advice) -> dict[int | str, StageVerdict]:
         """Ask the heads, and write what there is to say; return the verdict of each stage, nothing where it cannot be known.
